@@ -1,0 +1,5 @@
+"""`python -m service` is `detot`."""
+
+from service.cli import main
+
+main()

@@ -1,0 +1,241 @@
+"""Subcommands that manage models, tasks, offsets and keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.table import Table
+
+from service.commands.common import URL, KeyOption, TaskName, Url, client, figures, out, pull_model
+from service.errors import InvalidRequest
+from service.settings import DEFAULT_MODEL, load_settings
+
+models_app = typer.Typer(help="Model weights: known models, fetching, where they lie.", no_args_is_help=True)
+tasks_app = typer.Typer(help="Tasks of a running service, and checking a catalogue file.", no_args_is_help=True)
+offsets_app = typer.Typer(help="Published offsets of a running service.", no_args_is_help=True)
+keys_app = typer.Typer(help="API keys (kept hashed in a file).", no_args_is_help=True)
+
+KeysFile = Annotated[Path | None, typer.Option("--file", help="keys file; default: DETOT_KEYS_FILE")]
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+@models_app.command("list")
+def models_list() -> None:
+    """Known models, their sources in order, and whether they are here."""
+    from service.engine.weights import list_models
+
+    settings = load_settings()
+    table = Table("model", "parameters", "sources, in order", "here", box=None)
+    for row in list_models(settings.cache_dir):
+        table.add_row(row.name, row.parameters, ", ".join(row.sources), row.size if row.cached else "no")
+    out.print(table)
+
+
+@models_app.command("pull")
+def modelspull_model(
+    model: Annotated[str, typer.Argument(help="known model or Hugging Face id")] = DEFAULT_MODEL,
+    verify: Annotated[bool, typer.Option(help="check the checksums of files that are here already")] = False,
+) -> None:
+    """Fetch, verify and convert a model; nothing happens when it is here."""
+    folder = pull_model(model, load_settings(), verify=verify)
+    figures({"model": model, "path": str(folder), "bytes": sum(f.stat().st_size for f in folder.iterdir())})
+
+
+@models_app.command("path")
+def models_path(model: Annotated[str, typer.Argument()] = DEFAULT_MODEL) -> None:
+    """Print the folder of a model that is here."""
+    from service.engine.weights import cached
+
+    folder = cached(model, load_settings().cache_dir)
+    if folder is None:
+        raise InvalidRequest(f"model {model!r} is not here; fetch it with `detot models pull {model}`")
+    print(folder)
+
+
+# --- tasks ----------------------------------------------------------------------------------------------------------
+
+
+@tasks_app.command("list")
+def tasks_list(url: Url = URL, key: KeyOption = None) -> None:
+    """Tasks of a running service."""
+    table = Table("task", "answer", "version", "state", "description", box=None)
+    for t in client(url, key).json("GET", "/v1/tasks")["tasks"]:
+        state = "frozen" if t["frozen"] else "open"
+        table.add_row(t["id"], t["answer_type"], str(t["version"]), state, t["description"])
+    out.print(table)
+
+
+@tasks_app.command("show")
+def tasks_show(task: TaskName, url: Url = URL, key: KeyOption = None) -> None:
+    """Definition, offset and monitor of one task."""
+    out.print_json(data=client(url, key).json("GET", f"/v1/tasks/{task}"))
+
+
+@tasks_app.command("check")
+def tasks_check(file: Annotated[Path, typer.Argument(help="task catalogue (YAML)")]) -> None:
+    """Check a catalogue file; a mistake names file, task and field."""
+    from service.tasks.catalogue import load_catalogue
+
+    figures({"file": str(file), "tasks": list(load_catalogue(file).tasks)})
+
+
+@tasks_app.command("add")
+def tasks_add(
+    file: Annotated[Path, typer.Argument(help="one task, as YAML or JSON")], url: Url = URL, key: KeyOption = None
+) -> None:
+    """Register a task with a running service."""
+    import yaml
+
+    try:
+        document = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as e:
+        raise InvalidRequest(f"{file}: {e}") from e
+    out.print_json(data=client(url, key).json("POST", "/v1/tasks", json=document))
+
+
+@tasks_app.command("remove")
+def tasks_remove(task: TaskName, url: Url = URL, key: KeyOption = None) -> None:
+    """Remove a run-time task."""
+    client(url, key).json("DELETE", f"/v1/tasks/{task}")
+
+
+# --- offsets --------------------------------------------------------------------------------------------------------
+
+
+@offsets_app.command("list")
+def offsets_list(task: TaskName, url: Url = URL, key: KeyOption = None) -> None:
+    """The champion and every decision about it, newest first."""
+    out.print_json(data=client(url, key).json("GET", f"/v1/tasks/{task}/offsets"))
+
+
+@offsets_app.command("get")
+def offsets_get(
+    task: TaskName,
+    file: Annotated[Path, typer.Argument(help="where to write the artifact")],
+    version: Annotated[int, typer.Option(help="version; 0 is the zero offset")] = 0,
+    url: Url = URL,
+    key: KeyOption = None,
+) -> None:
+    """Download the artifact of a version."""
+    file.write_bytes(client(url, key).data(f"/v1/tasks/{task}/offsets/{version}"))
+
+
+@offsets_app.command("new")
+def offsets_new(
+    task: TaskName,
+    file: Annotated[Path, typer.Argument(help="where to write the artifact")],
+    noise: Annotated[
+        float, typer.Option(min=0, max=4, help="Gaussian noise, in units of the anchor embeddings' RMS")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    url: Url = URL,
+    key: KeyOption = None,
+) -> None:
+    """Make an artifact for the served model: the zero offset, or noise to see an offset act."""
+    from dataclasses import replace
+
+    from service.core.artifact import decode, encode
+
+    zero = decode(client(url, key).data(f"/v1/tasks/{task}/offsets/0"))
+    scale = noise * float(np.sqrt(np.mean(np.square(zero.anchor))))
+    offset = np.random.default_rng(seed).normal(0.0, 1.0, zero.offset.shape).astype(np.float32) * np.float32(scale)
+    settings = {"noise": noise, "seed": seed}
+    file.write_bytes(encode(replace(zero, offset=offset, refiner="by hand", settings=settings)))
+
+
+@offsets_app.command("put")
+def offsets_put(
+    task: TaskName,
+    file: Annotated[Path, typer.Argument(help="artifact (safetensors)")],
+    url: Url = URL,
+    key: KeyOption = None,
+) -> None:
+    """Publish an artifact as the task's champion; it is checked first, and refused with the reason."""
+    try:
+        blob = file.read_bytes()
+    except OSError as e:
+        raise InvalidRequest(f"{file}: {e.strerror}") from e
+    headers = {"Content-Type": "application/octet-stream"}
+    figures(client(url, key).json("POST", f"/v1/tasks/{task}/offsets", content=blob, headers=headers))
+
+
+@offsets_app.command("rollback")
+def offsets_rollback(
+    task: TaskName,
+    to: Annotated[int | None, typer.Option(help="version to go back to; default: undo the last publish")] = None,
+    reason: Annotated[str, typer.Option()] = "",
+    url: Url = URL,
+    key: KeyOption = None,
+) -> None:
+    """Point back at an earlier version."""
+    figures(client(url, key).json("POST", f"/v1/tasks/{task}/offsets/rollback", json={"to": to, "reason": reason}))
+
+
+@offsets_app.command("freeze")
+def offsets_freeze(
+    task: TaskName, reason: Annotated[str, typer.Option()] = "", url: Url = URL, key: KeyOption = None
+) -> None:
+    """Stop refinement of a task."""
+    _freeze(task, True, reason, url, key)
+
+
+@offsets_app.command("unfreeze")
+def offsets_unfreeze(
+    task: TaskName, reason: Annotated[str, typer.Option()] = "", url: Url = URL, key: KeyOption = None
+) -> None:
+    """Let refinement of a task go on."""
+    _freeze(task, False, reason, url, key)
+
+
+def _freeze(task: str, frozen: bool, reason: str, url: str, key: str | None) -> None:
+    body = {"frozen": frozen, "reason": reason}
+    figures(client(url, key).json("POST", f"/v1/tasks/{task}/offsets/freeze", json=body))
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+@keys_app.command("add")
+def keys_add(
+    name: Annotated[str, typer.Argument(help="who or what uses the key")],
+    scope: Annotated[list[str] | None, typer.Option(help="call, feedback or admin; may be repeated")] = None,
+    rate: Annotated[str | None, typer.Option(help="rate limit, such as 600/minute")] = None,
+    file: KeysFile = None,
+) -> None:
+    """Issue a key. It is printed once; the file keeps its hash."""
+    from service.api.auth import Scope, add_key
+
+    try:
+        scopes = [Scope(s) for s in scope or ["call", "feedback"]]
+    except ValueError as e:
+        raise InvalidRequest(f"{e}; scopes are {', '.join(Scope)}") from None
+    print(add_key(_keys_file(file), name, scopes, rate))
+
+
+@keys_app.command("list")
+def keys_list(file: KeysFile = None) -> None:
+    """Issued keys, without the keys themselves."""
+    from service.api.auth import load_keys
+
+    table = Table("name", "scopes", "rate", "created", box=None)
+    for key in load_keys(_keys_file(file)).values():
+        table.add_row(key.name, ", ".join(key.scopes), key.rate or "", key.created)
+    out.print(table)
+
+
+@keys_app.command("remove")
+def keys_remove(name: Annotated[str, typer.Argument()], file: KeysFile = None) -> None:
+    """Take a key back."""
+    from service.api.auth import remove_key
+
+    remove_key(_keys_file(file), name)
+
+
+def _keys_file(file: Path | None) -> Path:
+    settings = load_settings()
+    return file or settings.keys_file or settings.data_dir / "keys.json"

@@ -1,0 +1,124 @@
+"""Where a completion says its answer, and how to read that place without its markup.
+
+Every pattern here is bounded and is tried from a literal cue, so that the time is linear in the text examined.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+EXAMINED = 8192  # characters at the end of a completion that are looked at
+CLAIM = 300  # longest claim, in characters
+_MAX_CLAIMS = 8
+_SENTENCES = 1000  # characters at the end that count as final sentences
+
+_CUES = ("answer", "boxed{", "####")
+_ANSWER = re.compile(
+    r"(?<!\w)answers?(?!\w)(?:[^\n.?!:=>]{0,80}?(?:\b(?:is|are|was|be|equals)\b[ ]{0,3}[:=]?|[:=>])|[ *_]{0,4}\n)",
+    re.IGNORECASE,
+)
+_LEAD = re.compile(r"(?:[\s*_`:]|\$\$|\\[\[(](?!\\)){0,60}")
+_END = re.compile(r"\n|</|(?<!\b[A-Z])[.!?](?=[\s*_\"'”’)\]$\\]|$)|[.!?]$")
+_SPLIT = re.compile(r"(?<=[.!?])[\s*_)\"'”]+|\n+")
+_LIST_MARK = re.compile(r"^[ \t#>*-]{0,8}(?:step[ ]?)?(?:\d{1,2}[.):](?=[ \t])|[•-][ \t])", re.IGNORECASE | re.MULTILINE)
+
+_CHARACTERS = str.maketrans(
+    {"−": "-", "‐": "-", "‑": "-", "“": '"', "”": '"', "„": '"', "‘": "'", "’": "'", "\u00a0": " ", "\u202f": " "}
+    | {"\u2009": " ", "⁄": "/", "∕": "/", "％": "%", "＄": "$", "≈": "=", "→": "=", "⋅": "*", "·": "*"}
+    | {"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅛": " 1/8", "⅜": " 3/8", "⅝": " 5/8"}
+    | {c: f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
+)
+_STYLED = re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit|mbox|mathit|operatorname|boxed|textrm)\s?\{([^{}]*)\}")
+_FRACTION = re.compile(r"\\[dtc]?frac\s?(?:\{\s?(\d{1,99})\s?\}\s?\{\s?(\d{1,99})\s?\}|(\d)(\d))")
+_SPACING = re.compile(r"\\(?:left|right|quad|qquad|displaystyle)(?![a-z])|\\[,;!: ()\[\]]|~")
+_DEGREES = re.compile(r"\^\s?\{?\\circ\}?")
+
+
+def claims(text: str, *, finished: bool = True) -> Iterator[str]:
+    """What follows "the answer is", "Answer:", "####" or stands in a box, last claim first, markup included.
+
+    Args:
+        text: a completion; at most EXAMINED characters are of use.
+        finished: False for a completion cut off by its length limit, whose very last claim may lack its end.
+    """
+    low = lower(text)
+    end = len(text)
+    for _ in range(_MAX_CLAIMS):
+        at = max([low.rfind(cue, 0, end) for cue in _CUES])
+        if at < 0:
+            return
+        claim = _boxed(text, at) if low[at] == "b" else _stated(text, at, finished)
+        if claim:
+            yield claim
+        end = at
+
+
+def lower(text: str) -> str:
+    """Lower case of the same length (one Unicode letter, the dotted capital I, would grow)."""
+    low = text.lower()
+    return low if len(low) == len(text) else text.replace("İ", "I").lower()
+
+
+def sentences(text: str) -> list[str]:
+    """The final sentences and lines, last first, without list marks. Empty ones are left out."""
+    tail = text[-_SENTENCES:]
+    parts = [p for p in _SPLIT.split(_LIST_MARK.sub("", tail)) if p and not p.isspace()]
+    if len(text) > _SENTENCES and len(parts) > 1:
+        del parts[0]  # it starts in the middle
+    return parts[::-1]
+
+
+def plain(claim: str) -> str:
+    """A claim without emphasis, quotes around it, LaTeX wrappers and closing punctuation; one kind of each sign."""
+    if not claim.isascii():
+        claim = claim.translate(_CHARACTERS)
+    if "\\" in claim or "{" in claim:
+        claim = _without_latex(claim)
+    if "*" in claim or "`" in claim:
+        claim = claim.replace("**", "").replace("`", "")
+    return claim.lstrip(" \t\n*_\"',;:").rstrip(" \t\n*_\"',;:.!?\\")
+
+
+def _boxed(text: str, at: int) -> str | None:
+    """The content of the box whose cue starts at `at`, None if its braces do not close."""
+    depth, start = 0, at + len("boxed")
+    for i in range(start, min(len(text), start + CLAIM)):
+        if text[i] == "{":
+            depth += 1
+        elif text[i] == "}":
+            depth -= 1
+            if depth == 0:
+                return text[start + 1 : i]
+    return None
+
+
+def _stated(text: str, at: int, finished: bool) -> str | None:
+    """The statement after the cue at `at`: up to the end of its sentence or line."""
+    if text[at] == "#":
+        start = at + 4
+    else:
+        cue = _ANSWER.match(text, at)
+        if cue is None:
+            return None
+        start = cue.end()
+    start = _lead_end(text, start)
+    end = _END.search(text, start, start + CLAIM)
+    if end is None and not finished and start + CLAIM >= len(text):
+        return None
+    return text[start : end.start() if end else start + CLAIM]
+
+
+def _lead_end(text: str, start: int) -> int:
+    lead = _LEAD.match(text, start)
+    return lead.end() if lead else start
+
+
+def _without_latex(claim: str) -> str:
+    for _ in range(2):  # \textbf{\text{...}}
+        claim = _STYLED.sub(r" \1 ", claim)
+    claim = _FRACTION.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]} ", claim)
+    claim = _DEGREES.sub("°", claim.replace("{,}", ","))
+    claim = _SPACING.sub(" ", claim.replace("\\$", "$").replace("\\%", "%").replace("\\!", ""))
+    claim = claim.replace("\\times", "×").replace("\\cdot", "*").replace("\\approx", "=")
+    return claim.replace("^{", "^").replace("}", "") if "\\" not in claim and "{" in claim else claim

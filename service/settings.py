@@ -1,0 +1,166 @@
+"""All settings, typed and range-checked. This module is the only reader of the environment.
+
+Every value is `DETOT_<NAME>`, nested ones `DETOT_<GROUP>__<NAME>` (`DETOT_LIMITS__BODY_BYTES=1000000`).
+The value `none` switches an optional setting off.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.errors import ConfigError
+
+DEFAULT_MODEL = "Qwen2.5-Coder-0.5B-Instruct"
+
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RedisSettings(Group):
+    """Where outcomes and offsets live. Without `url` an embedded Valkey is started on a private unix socket."""
+
+    url: str | None = Field(None, description="redis://, rediss:// or unix:// URL; none starts an embedded Valkey")
+    password: SecretStr | None = Field(None, description="password, if it is not part of the URL")
+    password_file: Path | None = Field(None, description="file that holds the password (a mounted secret)")
+    poll: Seconds = Field(0.5, le=60, description="seconds between looks at the published versions")
+
+
+class RecordSettings(Group):
+    """What is kept of finished requests, and for how long."""
+
+    enabled: bool = Field(True, description="record outcomes at all")
+    prompts: bool = Field(True, description="keep the conversation's text with the outcome")
+    buffer: int = Field(10_000, ge=1, le=1_000_000, description="outcomes held in memory while Redis is away")
+    per_task: int = Field(10_000, ge=10, le=10_000_000, description="outcomes kept per task")
+    retention: Seconds = Field(7 * 86_400.0, le=3_650 * 86_400.0, description="seconds an outcome is kept")
+    prompt_chars: int = Field(16_384, ge=0, le=1_000_000, description="characters of conversation kept")
+
+
+class LimitSettings(Group):
+    """Bounds that protect the service."""
+
+    body_bytes: int = Field(1_000_000, ge=1_000, le=100_000_000, description="largest request body")
+    concurrency: int = Field(64, ge=1, le=100_000, description="requests answered at once; more get 429")
+    deadline: Seconds = Field(300.0, le=3_600, description="seconds a request may take at most")
+    rate: str | None = Field(None, description="default rate limit of a key, such as 600/minute; none: unlimited")
+    drain: Seconds = Field(30.0, le=3_600, description="seconds running requests get to finish after SIGTERM")
+    max_samples: int = Field(64, ge=1, le=1_024, description="most samples one request may ask for")
+
+
+class LocalSettings(Group):
+    """The PyTorch engine in the API process."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    quantize: Literal["auto", "yes", "no"] = Field("auto", description="int8 weights; auto: on CPU only")
+    max_batch: int = Field(16, ge=1, le=512, description="samples decoded together")
+    context: int | None = Field(4_096, ge=64, le=1_048_576, description="tokens of prompt plus completion")
+    threads: int | None = Field(None, ge=1, le=1_024, description="PyTorch threads; none: all cores")
+
+
+class ScriptedSettings(Group):
+    """The shipped fake, for trying the API and measuring the service itself."""
+
+    text: str = Field("The answer is 42.", description="what every sample says")
+    latency: float = Field(0.0, ge=0, le=60, description="seconds a sample takes")
+
+
+class Settings(BaseSettings):
+    """The whole configuration of a process."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="DETOT_",
+        env_nested_delimiter="__",
+        extra="ignore",
+        frozen=True,
+        env_file=None,
+        env_parse_none_str="none",
+    )
+
+    host: str = Field("127.0.0.1", description="address the API binds to; beyond loopback needs keys")
+    port: int = Field(8000, ge=0, le=65_535)
+    worker_port: int | None = Field(8001, ge=0, le=65_535, description="port of the worker's /metrics; none: off")
+    data_dir: Path = Field(Path("~/.local/share/detot"), description="embedded Valkey's data, log files")
+    cache_dir: Path = Field(Path("~/.cache/detot"), description="model weights")
+    keys_file: Path | None = Field(None, description="API keys, hashed; made by `detot keys add`")
+    tasks: Path | None = Field(None, description="your task catalogue; none: the shipped one")
+    engine: Literal["local", "scripted"] = "local"
+    model: str = Field(DEFAULT_MODEL, description="known model, Hugging Face id or local folder")
+    offline: bool = Field(False, description="never ask a model hub")
+    control_share: float = Field(0.05, ge=0.0, le=1.0, description="share of requests always at the zero offset")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    redis: RedisSettings = RedisSettings()  # type: ignore[call-arg]
+    record: RecordSettings = RecordSettings()  # type: ignore[call-arg]
+    limits: LimitSettings = LimitSettings()  # type: ignore[call-arg]
+    local: LocalSettings = LocalSettings()  # type: ignore[call-arg]
+    scripted: ScriptedSettings = ScriptedSettings()  # type: ignore[call-arg]
+
+    def model_post_init(self, _: Any) -> None:
+        for name in ("data_dir", "cache_dir"):
+            object.__setattr__(self, name, getattr(self, name).expanduser().absolute())
+
+    @property
+    def loopback(self) -> bool:
+        """Whether the API is reachable from this machine only."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def redis_password(self) -> str | None:
+        """The password, from the setting or from its file."""
+        if self.redis.password_file is not None:
+            try:
+                return self.redis.password_file.read_text().strip()
+            except OSError as e:
+                raise ConfigError(f"DETOT_REDIS__PASSWORD_FILE: {self.redis.password_file}: {e.strerror}") from e
+        return self.redis.password.get_secret_value() if self.redis.password else None
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Settings from the environment, with explicit overrides on top (None means: not given).
+
+    Raises:
+        ConfigError: naming each variable at fault, its value and its bound.
+    """
+    try:
+        return Settings(**{k: v for k, v in overrides.items() if v is not None})
+    except ValidationError as e:
+        raise ConfigError("; ".join(_explain(err) for err in e.errors())) from None
+
+
+def child_environment(settings: Settings) -> dict[str, str]:
+    """An environment from which a child process reads these very settings.
+
+    Everything else is inherited; `DETOT_` variables of this process are not, what `settings` says replaces them.
+    """
+    inherited = {k: v for k, v in os.environ.items() if not k.upper().startswith("DETOT_")}
+    return inherited | dict(_variables("DETOT_", settings.model_dump(exclude_defaults=True)))
+
+
+def _variables(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        name = prefix + key.upper()
+        if isinstance(value, Mapping):
+            yield from _variables(name + "__", value)
+        else:
+            plain = value.get_secret_value() if isinstance(value, SecretStr) else value
+            yield name, "none" if plain is None else str(plain)
+
+
+def _explain(err: Any) -> str:
+    name = "DETOT_" + "__".join(str(part) for part in err["loc"]).upper()
+    secret = "PASSWORD" in name
+    return f"{name}={'***' if secret else err['input']!r}: {err['msg']}"

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+
+from service.api.app import create_app
+from service.errors import ConfigError
+from service.settings import load_settings
+
+
+def test_mistakes_name_variable_value_and_bound(monkeypatch):
+    monkeypatch.setenv("DETOT_PORT", "99999")
+    monkeypatch.setenv("DETOT_LIMITS__CONCURRENCY", "0")
+    with pytest.raises(ConfigError) as caught:
+        load_settings()
+    assert "DETOT_PORT='99999': Input should be less than or equal to 65535" in caught.value.message
+    assert "DETOT_LIMITS__CONCURRENCY='0'" in caught.value.message
+
+
+def test_an_unknown_group_member_is_an_error(monkeypatch):
+    monkeypatch.setenv("DETOT_LIMITS__CONCURENCY", "5")
+    with pytest.raises(ConfigError, match="DETOT_LIMITS__CONCURENCY"):
+        load_settings()
+
+
+def test_a_password_never_appears_in_an_error_or_repr(monkeypatch):
+    monkeypatch.setenv("DETOT_REDIS__PASSWORD", "hunter2")
+    assert "hunter2" not in repr(load_settings())
+
+
+def test_a_missing_secret_file_is_named(monkeypatch):
+    monkeypatch.setenv("DETOT_REDIS__PASSWORD_FILE", "/nowhere/secret")
+    with pytest.raises(ConfigError, match="/nowhere/secret"):
+        _ = load_settings().redis_password
+
+
+@pytest.mark.parametrize(("host", "loopback"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("example.com", False)])
+def test_loopback(host, loopback):
+    assert load_settings(host=host).loopback is loopback
+
+
+def test_binding_beyond_loopback_needs_keys():
+    with pytest.raises(ConfigError, match=r"0\.0\.0\.0.*keys"):
+        create_app(load_settings(host="0.0.0.0"))
