@@ -51,9 +51,7 @@ REFUSED = Counter(
 MONITOR = Gauge(
     "detot_monitor_value", "The worker's monitor of a task over its window", ["task", "name"], registry=REGISTRY
 )
-BREACH = Gauge(
-    "detot_monitor_breach", "1 while a task misses a target threshold", ["task", "name"], registry=REGISTRY
-)
+BREACH = Gauge("detot_monitor_breach", "1 while a task misses a target threshold", ["task", "name"], registry=REGISTRY)
 LAG = Gauge("detot_worker_lag_outcomes", "Outcomes of a task that the worker has not read", ["task"], registry=REGISTRY)
 
 
@@ -70,7 +68,7 @@ class Reading:
     ) -> None:
         self._gauges, self._counters = gauges, counters
 
-    def collect(self):  # noqa: ANN201 - prometheus_client's protocol
+    def collect(self):
         for name, (text, read) in self._gauges.items():
             yield GaugeMetricFamily(name, text, value=read())
         for name, (text, read) in self._counters.items():

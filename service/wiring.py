@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from service.engine.base import Engine
 from service.engine.embeddings import EmbeddingTable
 from service.engine.scripted import ScriptedEngine
 from service.engine.text import ChatText
-from service.engine.weights import resolve
+from service.engine.weights import find, resolve
 from service.errors import ConfigError, ModelError, StoreUnavailable
 from service.serve.admission import Admission
 from service.serve.live import Live
@@ -82,7 +84,7 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         )
         symbolic = SymbolicPool()
         stack.push_async_callback(symbolic.aclose)
-        live = Live(store, catalogue, engine.model, rows, poll=settings.redis.poll)
+        live = Live(store, catalogue, engine.model, rows, partial(anchor_ids, chat), poll=settings.redis.poll)
         stack.push_async_callback(live.aclose)
         await live.start()
         server = Server(
@@ -97,9 +99,7 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
             keep_prompts=record.prompts,
         )
         stack.enter_context(_readings(writer, live, engine))
-        yield Runtime(
-            settings, catalogue, engine, chat, rows, store, writer, live, server, started=int(time.time())
-        )
+        yield Runtime(settings, catalogue, engine, chat, rows, store, writer, live, server, started=int(time.time()))
 
 
 @asynccontextmanager
@@ -126,7 +126,8 @@ async def open_engine(settings: Settings) -> tuple[Engine, ChatFormat, Rows]:
     if settings.engine == "scripted":
         scripted = ScriptedEngine(settings.scripted.text, latency=settings.scripted.latency)
         return scripted, scripted.chat, scripted.rows
-    folder = resolve(settings.model, settings.cache_dir, offline=settings.offline)
+    folder = await asyncio.to_thread(resolve, settings.model, settings.cache_dir, offline=settings.offline)
+    known = find(settings.model)
     try:
         from service.engine.local import LocalEngine
     except ImportError as e:
@@ -134,7 +135,7 @@ async def open_engine(settings: Settings) -> tuple[Engine, ChatFormat, Rows]:
     local = settings.local
     engine = await LocalEngine.open(
         folder,
-        model_id=settings.model,
+        model_id=known.name if known else settings.model,
         quantize={"auto": "auto", "yes": True, "no": False}[local.quantize],
         device=local.device,
         max_batch=local.max_batch,

@@ -12,6 +12,7 @@ from service.engine.weights import resolve
 from service.settings import DEFAULT_MODEL, load_settings
 from service.store.embedded import EmbeddedValkey
 from tests.live import LiveServer, live_server
+from tests.valkey import empty_url, raw, store, valkey  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

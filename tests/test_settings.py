@@ -33,7 +33,10 @@ def test_a_missing_secret_file_is_named(monkeypatch):
         _ = load_settings().redis_password
 
 
-@pytest.mark.parametrize(("host", "loopback"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("example.com", False)])
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("example.com", False)],
+)
 def test_loopback(host, loopback):
     assert load_settings(host=host).loopback is loopback
 

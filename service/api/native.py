@@ -15,7 +15,7 @@ from service.api.http import body_of, problems, read_body
 from service.api.schemas import ClassifyRequest, FeedbackRequest, FreezeRequest, RollbackRequest
 from service.core.artifact import Artifact, decode, encode, zero_artifact
 from service.core.types import Feedback, Head
-from service.errors import Conflict, InvalidArtifact, InvalidCatalogue, InvalidRequest, NotFound, UnknownTask
+from service.errors import Conflict, InvalidArtifact, InvalidRequest, NotFound, UnknownTask
 from service.serve.routing import task_of
 from service.tasks.catalogue import Task, parse_task, to_dict
 from service.tasks.signals import signals
@@ -64,9 +64,7 @@ async def _send_feedback(runtime: Runtime, said: Feedback) -> bool:
     return await runtime.store.outcomes.feedback(said)
 
 
-@call.post(
-    "/v1/classify", responses=problems(400, 401, 403, 413, 429), openapi_extra=_json_body("ClassifyRequest")
-)
+@call.post("/v1/classify", responses=problems(400, 401, 403, 413, 429), openapi_extra=_json_body("ClassifyRequest"))
 async def classify(request: Request) -> dict[str, Any]:
     """The task of a text, with every task's probability, and the plan that its metadata give it."""
     snapshot = _runtime(request).live.snapshot
@@ -113,9 +111,7 @@ async def task_detail(request: Request, name: TaskPath) -> dict[str, Any]:
     "/v1/tasks",
     status_code=201,
     responses=problems(400, 401, 403, 409, 413, 422, 429, 503),
-    openapi_extra={
-        "requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
-    },
+    openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}},
 )
 async def register_task(request: Request, key: Admin) -> dict[str, Any]:
     """Add or replace a run-time task; every replica serves it within a second. Tasks from the file stay as they are."""
@@ -211,9 +207,7 @@ async def put_offset(request: Request, name: TaskPath, key: Admin) -> dict[str, 
     return {"task": name, "parent": head.version, **_state(runtime, name)}
 
 
-@admin.post(
-    "/v1/tasks/{task}/offsets/rollback", responses=_WRITE, openapi_extra=_json_body("RollbackRequest")
-)
+@admin.post("/v1/tasks/{task}/offsets/rollback", responses=_WRITE, openapi_extra=_json_body("RollbackRequest"))
 async def rollback(request: Request, name: TaskPath, key: Admin) -> dict[str, Any]:
     """Point back at an earlier version; without `to`, undo the last publish."""
     runtime = _runtime(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -22,6 +23,8 @@ from service.metrics import REQUESTS
 from service.serve.pipeline import Answer, Event, Progress, answer
 from service.serve.routing import Ask, Route
 from service.wiring import Runtime
+
+log = logging.getLogger(__name__)
 
 router = APIRouter(dependencies=[Depends(Require(KeyScope.CALL))])
 
@@ -180,8 +183,9 @@ async def chunks(
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The stream's chunks: the route, progress or text, then the answer and how it came about."""
 
-    def chunk(delta: dict[str, Any], index: int = 0, finish: str | None = None, **extra: Any) -> dict[str, Any]:
+    def chunk(delta: dict[str, Any], index: int = 0, finish: str | None = None, detot: Any = None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+        extra = {"detot": detot} if detot else {}
         return {**head, "choices": [choice], **({"usage": None} if usage else {}), **extra}
 
     head = {
@@ -193,15 +197,15 @@ async def chunks(
     }
     async with aclosing(events):
         for i in range(ask.n):
-            extra = {"detot": {"event": "route", **_routing(first)}} if i == 0 else {}
-            yield chunk({"role": "assistant", "content": ""}, i, **extra)
+            routed = {"event": "route", **_routing(first)} if i == 0 else None
+            yield chunk({"role": "assistant", "content": ""}, i, detot=routed)
         async for event in events:
             match event:
                 case Delta():
                     yield chunk({"content": event.text}, event.index)
                 case Progress(vote=None, sample=sample) if ask.n > 1:
                     yield chunk({"content": sample.text}, sample.index)
-                    yield chunk({}, sample.index, sample.finish_reason)
+                    yield chunk({}, sample.index, finish=sample.finish_reason)
                 case Progress(vote=Vote() as vote, sample=sample):
                     seen = {"event": "sample", "samples": vote.samples, "sample": sample.index, **_votes(vote)}
                     yield chunk({}, detot=seen)
@@ -243,7 +247,10 @@ class EventStream(Response):
             async with aclosing(self._source):
                 async for data in _paced(self._source, PING):
                     await write(b"data: " + orjson.dumps(data) + b"\n\n" if data else b": working\n\n")
-        except DetotError as e:
+        except Exception as e:
+            if not isinstance(e, DetotError):
+                log.exception("unexpected error in a stream")
+                e = DetotError("an unexpected error; the log has the details")
             await write(b"data: " + orjson.dumps(error_payload(e, path)[0]) + b"\n\n")
         await write(b"data: [DONE]\n\n", more=False)
 

@@ -87,14 +87,16 @@ class ChatRequest(Body):
     top_p: float | None = Field(None, gt=0, le=1, description="for free text and raw samples")
     max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="longest completion, in tokens")
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000, description="the newer name of max_tokens")
-    stop: Annotated[str, Field(max_length=256)] | Annotated[
-        list[Annotated[str, Field(max_length=256)]], Field(max_length=16)
-    ] | None = None
+    stop: (
+        Annotated[str, Field(max_length=256)]
+        | Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=16)]
+        | None
+    ) = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="makes the request repeatable")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     detot: DetotOptions | None = None
-    # Fields that need an engine's help. A value other than the neutral one is refused where the engine cannot honour it.
+    # Fields that need an engine's help: other than neutral values are refused where the engine cannot honour them.
     tools: Any = None
     tool_choice: Any = None
     parallel_tool_calls: Any = None

@@ -32,7 +32,9 @@ def models_list() -> None:
     settings = load_settings()
     table = Table("model", "parameters", "sources, in order", "here", box=None)
     for row in list_models(settings.cache_dir):
-        table.add_row(row.name, row.parameters, ", ".join(row.sources), row.size if row.cached else "no")
+        parameters = f"{row.parameters / 1e6:,.0f}M" if row.parameters else ""
+        here = f"{row.size / 1e9:.2f} GB" if row.size else "no"
+        table.add_row(row.name, parameters, ", ".join(row.sources), here)
     out.print(table)
 
 

@@ -27,14 +27,23 @@ def evaluate(
     samples: Annotated[int | None, typer.Option(min=1, help="fixed number of samples")] = None,
     concurrency: Annotated[int, typer.Option(min=1, max=256)] = 4,
     seed: Annotated[int | None, typer.Option(help="makes the run repeatable")] = None,
-    compare: Annotated[str | None, typer.Option(help="also ask each question of: control, or greedy (one sample)")] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="also ask each question of: control, or greedy (one sample)")
+    ] = None,
     json_out: JsonOut = None,
 ) -> None:
     """Run a question set against a running service: accuracy, samples, tokens, latency, by task."""
     from service.bench.evaluate import run_eval
 
     result = run_eval(
-        file, url=url, key=key, limit=limit, samples=samples, concurrency=concurrency, seed=seed, compare=compare,
+        file,
+        url=url,
+        key=key,
+        limit=limit,
+        samples=samples,
+        concurrency=concurrency,
+        seed=seed,
+        compare=compare,
         json_out=json_out,
     )
     figures(result)
@@ -57,7 +66,9 @@ def gateway(
 @bench_app.command("classifier")
 def classifier(
     files: Annotated[list[Path], typer.Argument(help="question sets as JSON lines")],
-    outside: Annotated[Path | None, typer.Option(help="requests that belong to no task, JSON lines with `text`")] = None,
+    outside: Annotated[
+        Path | None, typer.Option(help="requests that belong to no task, JSON lines with `text`")
+    ] = None,
     json_out: JsonOut = None,
 ) -> None:
     """Accuracy, rejection and speed of the classifier on held-out questions."""

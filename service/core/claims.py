@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from service.core.numerals import canonical, numerals
+
 EXAMINED = 8192  # characters at the end of a completion that are looked at
 CLAIM = 300  # longest claim, in characters
 _MAX_CLAIMS = 8
@@ -21,16 +23,26 @@ _ANSWER = re.compile(
 _LEAD = re.compile(r"(?:[\s*_`:]|\$\$|\\[\[(](?!\\)){0,60}")
 _END = re.compile(r"\n|</|(?<!\b[A-Z])[.!?](?=[\s*_\"'”’)\]$\\]|$)|[.!?]$")
 _SPLIT = re.compile(r"(?<=[.!?])[\s*_)\"'”]+|\n+")
-_LIST_MARK = re.compile(r"^[ \t#>*-]{0,8}(?:step[ ]?)?(?:\d{1,2}[.):](?=[ \t])|[•-][ \t])", re.IGNORECASE | re.MULTILINE)
+_LIST_MARK = re.compile(
+    r"^[ \t#>*-]{0,8}(?:step[ ]?)?(?:\d{1,2}[.):](?=[ \t])|[•-][ \t])", re.IGNORECASE | re.MULTILINE
+)
+
+_NUMBER_STARTS = frozenset("0123456789-$.€£")
+_PADDED = re.compile(r"0\d")
+_WORD = re.compile(r"\d+(?:[.,:/-]\d+)*|[^\W_]+(?:'[^\W_]+)?")
+_ARTICLES = frozenset(("a", "an", "the"))
 
 _CHARACTERS = str.maketrans(
     {"−": "-", "‐": "-", "‑": "-", "“": '"', "”": '"', "„": '"', "‘": "'", "’": "'", "\u00a0": " ", "\u202f": " "}
     | {"\u2009": " ", "⁄": "/", "∕": "/", "％": "%", "＄": "$", "≈": "=", "→": "=", "⋅": "*", "·": "*"}
     | {"½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "⅛": " 1/8", "⅜": " 3/8", "⅝": " 5/8"}
-    | {c: f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
 )
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]{1,9}")
 _STYLED = re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit|mbox|mathit|operatorname|boxed|textrm)\s?\{([^{}]*)\}")
-_FRACTION = re.compile(r"\\[dtc]?frac\s?(?:\{\s?(\d{1,99})\s?\}\s?\{\s?(\d{1,99})\s?\}|(\d)(\d))")
+_FRACTION = re.compile(
+    r"(?P<whole>\d\s?)?\\[dtc]?frac\s?(?:\{\s?(?P<n>\d{1,99})\s?\}\s?\{\s?(?P<d>\d{1,99})\s?\}|(?P<a>\d)(?P<b>\d))"
+)
 _SPACING = re.compile(r"\\(?:left|right|quad|qquad|displaystyle)(?![a-z])|\\[,;!: ()\[\]]|~")
 _DEGREES = re.compile(r"\^\s?\{?\\circ\}?")
 
@@ -60,24 +72,42 @@ def lower(text: str) -> str:
     return low if len(low) == len(text) else text.replace("İ", "I").lower()
 
 
-def sentences(text: str) -> list[str]:
+def sentences(text: str) -> Iterator[str]:
     """The final sentences and lines, last first, without list marks. Empty ones are left out."""
-    tail = text[-_SENTENCES:]
-    parts = [p for p in _SPLIT.split(_LIST_MARK.sub("", tail)) if p and not p.isspace()]
+    parts = _SPLIT.split(text[-_SENTENCES:])
     if len(text) > _SENTENCES and len(parts) > 1:
         del parts[0]  # it starts in the middle
-    return parts[::-1]
+    for part in reversed(parts):
+        mark = _LIST_MARK.match(part)
+        stripped = part[mark.end() if mark else 0 :]
+        if stripped and not stripped.isspace():
+            yield stripped
 
 
 def plain(claim: str) -> str:
     """A claim without emphasis, quotes around it, LaTeX wrappers and closing punctuation; one kind of each sign."""
     if not claim.isascii():
-        claim = claim.translate(_CHARACTERS)
+        claim = _SUPERSCRIPT.sub(lambda m: "^" + m[0].translate(_SUPERSCRIPTS), claim.translate(_CHARACTERS))
     if "\\" in claim or "{" in claim:
         claim = _without_latex(claim)
     if "*" in claim or "`" in claim:
         claim = claim.replace("**", "").replace("`", "")
     return claim.lstrip(" \t\n*_\"',;:").rstrip(" \t\n*_\"',;:.!?\\")
+
+
+def text_key(text: str) -> str:
+    """Canonical key of a short text: a number's one spelling, else case-folded words without articles.
+
+    Letters spelled out one by one (`y a j o`, `Y-A-J-O`) are joined.
+    """
+    if text[:1] in _NUMBER_STARTS and not _PADDED.match(text):
+        found = numerals(text)
+        if len(found) == 1 and (found[0].start, found[0].stop) == (0, len(text)) and found[0].value is not None:
+            return canonical(found[0].value)
+    words = _WORD.findall(text.casefold())
+    if len(words) > 1 and all(len(w) == 1 and w.isalpha() for w in words):
+        return "".join(words)
+    return " ".join([w for w in words if w not in _ARTICLES] or words)
 
 
 def _boxed(text: str, at: int) -> str | None:
@@ -114,10 +144,15 @@ def _lead_end(text: str, start: int) -> int:
     return lead.end() if lead else start
 
 
+def _slashed(m: re.Match[str]) -> str:
+    whole = f"{m['whole'].strip()} " if m["whole"] else ""
+    return f"{whole}{m['n'] or m['a']}/{m['d'] or m['b']}"
+
+
 def _without_latex(claim: str) -> str:
     for _ in range(2):  # \textbf{\text{...}}
         claim = _STYLED.sub(r" \1 ", claim)
-    claim = _FRACTION.sub(lambda m: f" {m[1] or m[3]}/{m[2] or m[4]} ", claim)
+    claim = _FRACTION.sub(_slashed, claim)
     claim = _DEGREES.sub("°", claim.replace("{,}", ","))
     claim = _SPACING.sub(" ", claim.replace("\\$", "$").replace("\\%", "%").replace("\\!", ""))
     claim = claim.replace("\\times", "×").replace("\\cdot", "*").replace("\\approx", "=")

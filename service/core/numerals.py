@@ -13,7 +13,7 @@ _BLOB = r"(?:\d+(?:[.,']\d+|[ ]\d{3}(?!\d))*|\.\d+)"
 _NUMBER = re.compile(
     rf"""
     (?P<sign>(?<![\w)])[-]|\b(?:minus|negative)[ ])?
-    (?:(?:(?<![A-Za-z])(?:USD|EUR|GBP|INR|Rs\.?|(?:US|A|C)?[$€£¥₹])[ ]?(?P<inner>-)?)|(?<![A-Za-z_^]))
+    (?:(?:(?<![A-Za-z])(?:USD|EUR|GBP|INR|Rs\.?|(?:US|A|C)?[$€£¥₹])[ ]?(?P<inner>-)?)|(?<![A-Za-z_^\d.]))
     (?:(?P<whole>\d{{1,99}})[ ]{{1,2}}(?P<num>\d{{1,99}})/(?P<den>\d{{1,99}})(?![\d.,]*\d)
       |(?P<blob>{_BLOB})(?:[ ]?/[ ]?(?P<over>{_BLOB}))?)
     (?:[eE](?P<e>[-+]?\d+)|[ ]?[*x×][ ]?10[ ]?\^[ ]?[{{(]?(?P<power>-?\d+)[)}}]?)?
@@ -39,16 +39,18 @@ _GROUPED = tuple(
 _MONTH = r"(?:Jan|Feb|Mar|Apr|May|June?|July?|Aug|Sept?|Oct|Nov|Dec)[a-z]{0,6}"
 _DATE = re.compile(rf"\b{_MONTH}\.?[ ]\d|\d(?:st|nd|rd|th)?[ ](?:of[ ])?{_MONTH}\b")
 
-_UNITS = {
-    **{w: i for i, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())},
-    **{w: 13 + i for i, w in enumerate("thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split())},
-}
-_TENS = {w: 20 + 10 * i for i, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split())}
+_UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_SMALL = {w: i for i, w in enumerate(_UNITS.split())} | {w: 20 + 10 * i for i, w in enumerate(_TENS.split())}
 _BIG = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _PARTS = {"half": 2, "halves": 2, "third": 3, "thirds": 3, "quarter": 4, "quarters": 4, "fifth": 5, "fifths": 5}
-_WORD = "|".join([*_UNITS, *_TENS, *_BIG, "hundred", "half"])
+_WORD = "|".join([*_SMALL, *_BIG, "hundred", "half"])
 _WORDS = re.compile(
-    rf"\b(?:(?P<sign>minus|negative)[ ])?(?P<words>(?:{_WORD})(?:(?:[ -]|[ ]and[ ](?:an?[ ])?)(?:{_WORD}|{'|'.join(_PARTS)}))*)\b",
+    rf"\b(?:(?P<sign>minus|negative) )?"
+    rf"(?P<words>(?:{_WORD})(?:(?:[ -]| and (?:an? )?)(?:{_WORD}|{'|'.join(_PARTS)})){{0,30}})\b",
     re.IGNORECASE,
 )
 
@@ -79,9 +81,7 @@ def numerals(text: str) -> list[Numeral]:
 
 def spelled(text: str) -> list[Numeral]:
     """All numbers written in words: twelve, forty-two, one hundred and five, two and a half, three quarters."""
-    return [
-        Numeral(_of_words(m["words"].lower(), -1 if m["sign"] else 1), *m.span()) for m in _WORDS.finditer(text)
-    ]
+    return [Numeral(_of_words(m["words"].lower(), -1 if m["sign"] else 1), *m.span()) for m in _WORDS.finditer(text)]
 
 
 def canonical(value: Fraction) -> str:
@@ -141,28 +141,28 @@ def _decimal(blob: str) -> Fraction | None:
 
 def _of_words(text: str, sign: int) -> Fraction | None:
     """Value of number words; None for sequences that are not one number (`two three`)."""
-    total = current = Fraction(0)
-    room = 10**15  # the next word must be smaller than this
     words = text.replace("-", " ").split()
+    total = current = Fraction(0)
+    room = 100  # the next unit or ten must be smaller than this
     for i, word in enumerate(words):
         if word in ("and", "a", "an"):
             continue
         if word in _PARTS:
-            added = i > 0 and words[i - 1] in ("a", "an", "and")
-            if i + 1 < len(words) or (i > 0 and not added and (total or room != 1)):
+            joined = i == 0 or words[i - 1] in ("a", "an", "and")
+            if i + 1 < len(words) or not (joined or (room == 0 and not total)):
                 return None
-            current = current + Fraction(1, _PARTS[word]) if added or i == 0 else current / _PARTS[word]
+            current = current + Fraction(1, _PARTS[word]) if joined else current / _PARTS[word]
         elif word == "hundred":
-            if not 0 < current < 10:
+            if current >= 10:
                 return None
-            current, room = current * 100, 100
+            current, room = (current or Fraction(1)) * 100, 100
         elif word in _BIG:
-            if not current or (total and _BIG[word] >= total):
+            if total and _BIG[word] >= total:
                 return None
-            total, current, room = total + current * _BIG[word], Fraction(0), 1000
+            total, current, room = total + (current or 1) * _BIG[word], Fraction(0), 100
         else:
-            value = _UNITS.get(word, _TENS.get(word, 0))
-            if value >= room or (room <= 10 and value > 9):
+            value = _SMALL[word]
+            if value >= room:
                 return None
-            current, room = current + value, 10 if word in _TENS else 1
+            current, room = current + value, 10 if value >= 20 else 0
     return sign * (total + current)

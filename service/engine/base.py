@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol, runtime_checkable
 
@@ -18,6 +19,24 @@ class Priority(IntEnum):
 
     LIVE = 0
     IDLE = 1
+
+
+@dataclass(slots=True)
+class Stats:
+    """What an engine in this process is doing and has done.
+
+    Attributes:
+        running: samples being generated.
+        waiting: samples that could run, had they a place.
+        tokens, prefill_tokens: tokens sampled; prompt tokens read.
+        steps: decoding steps.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    tokens: int = 0
+    prefill_tokens: int = 0
+    steps: int = 0
 
 
 @runtime_checkable

@@ -1,5 +1,4 @@
 """The engine in this process: PyTorch and transformers, int8 on CPU, many samples decoded together."""
-# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -17,15 +16,15 @@ from typing import Literal
 
 # Before PyTorch loads OpenMP: threads that wait for each other by spinning take the cores that the server, Redis and
 # the worker need, and slow decoding itself several times over as soon as those are busy.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.putenv("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from tokenizers import Tokenizer
 
 from service.core.types import Delta, ModelInfo, Prompt, Sample, Sampling
 from service.engine import local_int8
-from service.engine.base import Priority, check_prompt
-from service.engine.local_loop import Call, Item, Loop, Stats
+from service.engine.base import Priority, Stats, check_prompt
+from service.engine.local_loop import Call, Item, Loop
 from service.engine.local_model import LanguageModel, RowCache
 from service.engine.text import eos_ids, tokenizer_hash
 from service.errors import ConfigError, DeadlineExceeded, DetotError, EngineUnavailable, InvalidRequest, ModelError

@@ -6,6 +6,8 @@ docs/decisions/0002-int8-on-cpu.md for what else was tried.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -15,7 +17,9 @@ _VNNI, _NARROW = (127, 128), (63, 64)  # (largest activation, zero point)
 
 def supported() -> bool:
     """Whether this machine's PyTorch has the int8 kernels that are used here (x86)."""
-    return _ENGINE in torch.backends.quantized.supported_engines
+    return _ENGINE in torch.backends.quantized.supported_engines and hasattr(
+        torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32"
+    )
 
 
 class Int8Linear(nn.Module):
@@ -50,7 +54,9 @@ def quantise(model: nn.Module) -> None:
 
 def _pack(weight: torch.Tensor, scale: torch.Tensor) -> torch.ScriptObject:
     zeros = torch.zeros(len(scale), dtype=torch.int64)
-    quantised = torch.quantize_per_channel(weight, scale, zeros, 0, torch.qint8)
+    with warnings.catch_warnings():  # newer releases mean to drop quantised tensors; `supported` will notice
+        warnings.simplefilter("ignore", UserWarning)
+        quantised = torch.quantize_per_channel(weight, scale, zeros, 0, torch.qint8)
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = _ENGINE
     try:

@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 
 from service.core.types import Delta, Prompt, Sample, Sampling
-from service.engine.base import sample_seed
+from service.engine.base import Stats, sample_seed
 from service.engine.detokenize import Text, stepper
 from service.engine.local_model import LanguageModel, Prefix, RowCache
 from service.engine.local_sampling import Draw, choose
@@ -28,24 +28,6 @@ from service.errors import DetotError, EngineUnavailable, InvalidRequest
 log = logging.getLogger(__name__)
 
 Item = Sample | Delta | DetotError | None  # None: all samples are through
-
-
-@dataclass(slots=True)
-class Stats:
-    """What the engine is doing and has done.
-
-    Attributes:
-        running: samples being decoded.
-        waiting: samples that could run, had they a place.
-        tokens, prefill_tokens: tokens sampled; prompt tokens read.
-        steps: decoding steps.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    tokens: int = 0
-    prefill_tokens: int = 0
-    steps: int = 0
 
 
 @dataclass(slots=True, eq=False)

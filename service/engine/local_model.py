@@ -132,7 +132,7 @@ class LanguageModel:
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         stored = "auto" if quantize else self.dtype
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=stored, attn_implementation=_ATTENTION)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=stored, attn_implementation=_ATTENTION)
         except (OSError, ValueError, KeyError, ImportError) as e:
             raise ModelError(f"{folder} cannot be loaded as a causal language model: {e}") from e
         self._embedding = model.get_input_embeddings()

@@ -165,6 +165,13 @@ def pull(
     return folder
 
 
+def cached(name: str, cache_dir: Path) -> Path | None:
+    """The folder of a sound cached model, None where there is none."""
+    known = find(name)
+    folder = cache_dir / "models" / _key(known.name if known else name)
+    return folder if damage(folder) is None else None
+
+
 def damage(folder: Path, *, full: bool = False) -> str | None:
     """What is wrong with a cached model, None where nothing is. `full` compares checksums, otherwise sizes."""
     try:

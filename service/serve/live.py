@@ -56,6 +56,7 @@ class Live:
         base: the catalogue from file.
         model: the served model; an artifact for another one is refused.
         rows: the model's embedding rows, ids -> float32 `(n, d)`.
+        tokenise: token ids of an anchor text.
         poll: seconds between looks when no notice comes.
     """
 
@@ -65,10 +66,12 @@ class Live:
         base: Catalogue,
         model: ModelInfo,
         rows: Callable[[tuple[int, ...]], np.ndarray],
+        tokenise: Callable[[str], tuple[int, ...]],
         *,
         poll: float = 0.5,
     ) -> None:
         self._store, self._base, self._model, self._rows, self._poll = store, base, model, rows, poll
+        self._tokenise = tokenise
         self._wake = asyncio.Event()
         self._refreshing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
@@ -122,6 +125,12 @@ class Live:
         Raises:
             InvalidArtifact: with the reason.
         """
+        ids = self._tokenise(artifact.anchor_text)
+        if ids != artifact.anchor_ids:
+            raise InvalidArtifact(
+                f"the anchor text has {len(ids)} tokens here and {len(artifact.anchor_ids)} ids in the artifact, "
+                "or other ones"
+            )
         try:
             rows = self._rows(artifact.anchor_ids)
         except (IndexError, ValueError, DetotError) as e:

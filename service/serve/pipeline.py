@@ -189,7 +189,7 @@ async def _drawn(
 
 async def _ballot(symbolic: SymbolicPool, chosen: Route, ask: Ask, sample: Sample) -> Ballot:
     """What a sample votes for; an expression that plain rules cannot normalise goes to the symbolic pool."""
-    reading = extract(sample.text, chosen.task.answer, ask.text)
+    reading = extract(sample.text, chosen.task.answer, ask.text, finished=sample.finish_reason == "stop")
     if reading is None:
         return Ballot(sample.index, None, None, sample.mean_logprob)
     key = reading.key

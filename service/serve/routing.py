@@ -15,6 +15,7 @@ from service.tasks.catalogue import Task
 from service.tasks.classify import Classification
 from service.tasks.signals import Signals
 
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     """A validated request. None means: as the task's plan says.
@@ -59,9 +60,7 @@ class Route:
     soft: np.ndarray | None = field(default=None, compare=False)
 
 
-def route(
-    snapshot: Snapshot, ask: Ask, seen: Signals, found: Classification | None, control_share: float
-) -> Route:
+def route(snapshot: Snapshot, ask: Ask, seen: Signals, found: Classification | None, control_share: float) -> Route:
     """Pin task, arm, version, anchor and plan.
 
     A champion brings the anchor it was learned on; without one, or on the control arm, the task's metadata choose the

@@ -44,11 +44,11 @@ class AnswerBody(_Body):
         if len(self.labels) < 2:
             raise ValueError(f"type 'label' needs at least 2 labels, got {len(self.labels)}")
         owner: dict[str, str] = {}
+        if len({label.lower() for label in self.labels}) < len(self.labels):
+            raise ValueError(f"a label stands twice in {self.labels}; case does not tell labels apart")
         for label, spelling in [(x, x) for x in self.labels] + [(x, s) for x, ss in self.aliases.items() for s in ss]:
             if label not in self.labels:
                 raise ValueError(f"aliases name {label!r}, which is not among the labels {self.labels}")
-            if spelling == label and spelling.lower() in owner:
-                raise ValueError(f"label {label!r} stands twice")
             if owner.setdefault(spelling.lower(), label) != label:
                 raise ValueError(f"{spelling!r} stands for both {owner[spelling.lower()]!r} and {label!r}")
         return self

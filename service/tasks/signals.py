@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from service.tasks.vocabulary import AUXILIARIES, EXPLAIN, IMPERATIVES, NUMBER_WORDS, WORD
+from service.tasks.vocabulary import AUXILIARIES, EXPLAIN, FOREIGN, IMPERATIVES, NUMBER_WORDS, WORD
 
 HEAD, TAIL = 4_000, 1_000  # characters looked at from either end of a long text
 
@@ -127,10 +127,9 @@ def _answer_type(low: str, words: list[str], options: int) -> str:
     if opening_word(low) in IMPERATIVES:
         return "free"
     clause = _CLAUSE_START.search(low) if asked else None
-    if (
-        (words and words[0] in AUXILIARIES and (asked or low.count(".") + low.count("\n") == 0))
-        or (clause and clause.group(1) in AUXILIARIES)
-        or _YES_NO.search(low)
-    ):
+    one_sentence = low.count(".") + low.count("\n") == 0
+    if words and words[0] in AUXILIARIES and (asked or one_sentence) and len(FOREIGN & set(words)) < 2:
+        return "boolean"
+    if (clause and clause.group(1) in AUXILIARIES) or _YES_NO.search(low):
         return "boolean"
     return "number" if _QUANTITY.search(low) else "text"

@@ -24,7 +24,7 @@ def zero(http, task=TASK):
     return decode(http.get(f"/v1/tasks/{task}/offsets/0").content)
 
 
-def noisy(http, scale=0.1):
+def noisy(http, scale=0.02):
     artifact = zero(http)
     offset = np.random.default_rng(0).normal(0, scale, artifact.offset.shape).astype(np.float32)
     return replace(artifact, offset=offset)
@@ -78,9 +78,9 @@ def test_an_artifact_for_another_task_is_refused(http):
 
 
 def test_download_gives_back_what_was_published(http):
-    published = put(http, encode(noisy(http, 0.05))).json()
+    published = put(http, encode(noisy(http, 0.03))).json()
     artifact = decode(http.get(f"/v1/tasks/{TASK}/offsets/{published['version']}").content)
-    assert np.array_equal(artifact.offset, noisy(http, 0.05).offset)
+    assert np.array_equal(artifact.offset, noisy(http, 0.03).offset)
     assert artifact.parent == published["parent"]
     http.post(f"/v1/tasks/{TASK}/offsets/rollback", json={})
     assert http.get(f"/v1/tasks/{TASK}/offsets/999999").status_code == 404
@@ -156,7 +156,16 @@ def test_a_task_registered_at_run_time_is_classified_served_and_removed(http):
 
 
 def test_a_mistaken_task_names_task_and_field(http):
-    response = http.post("/v1/tasks", json={"id": "x", "description": "d", "answer": {"type": "guess"}, "anchors": {"default": "a"}, "examples": ["e"]})
+    response = http.post(
+        "/v1/tasks",
+        json={
+            "id": "x",
+            "description": "d",
+            "answer": {"type": "guess"},
+            "anchors": {"default": "a"},
+            "examples": ["e"],
+        },
+    )
     assert response.status_code == 422
     assert "answer" in response.json()["detail"]
 
