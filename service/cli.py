@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 from typing import Annotated
 
@@ -66,13 +68,16 @@ def serve(
     die_with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Run everything: embedded Valkey (unless DETOT_REDIS__URL is set), API and worker."""
+    from service.processes import bind_to_parent
     from service.supervise import supervise
 
+    if die_with_parent:
+        bind_to_parent(signal.SIGTERM, os.getppid())
     settings = load_settings(host=host, port=port, engine=engine, model=model)
     _logging(settings)
     if settings.engine != "scripted":
         pull_model(settings.model, settings)
-    raise typer.Exit(supervise(settings, die_with_parent=die_with_parent))
+    raise typer.Exit(supervise(settings))
 
 
 @app.command()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shlex
 import signal
 import socket
@@ -19,7 +18,7 @@ import httpx
 from rich.console import Console
 
 from service.errors import ConfigError
-from service.processes import Child, Say, Supervisor, bind_to_parent
+from service.processes import Child, Say, Supervisor
 from service.settings import Settings, child_environment
 from service.store.embedded import EmbeddedValkey
 
@@ -27,11 +26,8 @@ _FLUSH = 10.0  # seconds a child gets beyond its drain time, to write outcomes a
 _QUESTION = "A baker makes 24 rolls and sells 9 of them. Then she bakes 12 more. How many rolls does she have now?"
 
 
-def supervise(settings: Settings, *, die_with_parent: bool = False) -> int:
+def supervise(settings: Settings) -> int:
     """Run the whole service until SIGINT or SIGTERM; a second SIGINT hurries. The last line printed is JSON.
-
-    Args:
-        die_with_parent: end when the parent process does, however it ends (Linux).
 
     Returns:
         Exit status: 0 after a requested stop, 2 when a child cannot run with this configuration.
@@ -40,8 +36,6 @@ def supervise(settings: Settings, *, die_with_parent: bool = False) -> int:
         ConfigError: a port is taken, or the data directory cannot be used.
         Unavailable: the embedded Valkey does not start.
     """
-    if die_with_parent:
-        bind_to_parent(signal.SIGTERM, os.getppid())
     ports = {name: free_port(settings, name) for name in ("port", "worker_port")}
     return asyncio.run(_supervise(settings.model_copy(update=ports)))
 
@@ -122,8 +116,9 @@ async def _served(base: str) -> int:
 
 async def _announce(supervisor: Supervisor, settings: Settings, base: str, console: Console, say: Say) -> None:
     """Say what is going on until the API is ready, then what can be done with it, and later that it is back."""
-    with console.status(f"loading {settings.model}"):
-        say(f"starting on {base} with model {settings.model}, engine {settings.engine}")
+    what = settings.model if settings.engine == "local" else f"the {settings.engine} engine"
+    with console.status(f"loading {what}"):
+        say(f"starting on {base}, loading {what}")
         model = await _ready(base)
     say("\n".join(welcome(settings, base, model)))
     seen = 0
@@ -150,9 +145,12 @@ def welcome(settings: Settings, base: str, model: str) -> list[str]:
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": _QUESTION}]})
     key = ' -H "authorization: Bearer $DETOT_KEY"' if settings.keys_file else ""
     url = settings.redis.url or ""
-    redis = f"redis-cli -s {url.removeprefix('unix://')}" if url.startswith("unix://") else "DETOT_REDIS__URL"
+    redis = f"redis-cli -s {url.removeprefix('unix://')}" if url.startswith("unix://") else "as DETOT_REDIS__URL says"
     return [
-        f"ready: {base}  (docs {base}/docs, metrics {base}/metrics, outcomes {redis}); Ctrl-C stops",
+        f"ready:   {base}  (Ctrl-C stops)",
+        f"docs:    {base}/docs",
+        f"metrics: {base}/metrics",
+        f"redis:   {redis}",
         "try:",
         f"curl -s {base}/v1/chat/completions -H 'content-type: application/json'{key} -d {shlex.quote(body)}",
     ]

@@ -1,8 +1,7 @@
-"""A light load generator for one loopback port, and a trivial server that shows its own floor.
+"""A light load generator for one loopback port.
 
-As processes of their own: `python -m service.bench.load '<Load as JSON>'` prints a LoadResult as JSON, and
-`python -m service.bench.load trivial <bytes>` prints its port and serves bodies of that size until it is terminated.
-Requests are built before the clock starts; each connection carries one request at a time.
+As a process of its own: `python -m service.bench.load '<Load as JSON>'` prints a LoadResult as JSON. Requests are built
+before the clock starts; each connection carries one request at a time.
 """
 
 from __future__ import annotations
@@ -289,36 +288,7 @@ class _Connection(asyncio.Protocol):
         run.check_finished()
 
 
-class TrivialProtocol(asyncio.Protocol):
-    """Answers every request with the same bytes: the least that any server of this kind can cost."""
-
-    def __init__(self, body_bytes: int) -> None:
-        body = b"x" * body_bytes
-        self.answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
-        self.parser = httptools.HttpRequestParser(self)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's are none of asyncio's classes
-
-    def data_received(self, data: bytes) -> None:
-        self.parser.feed_data(data)
-
-    def on_message_complete(self) -> None:
-        self.transport.write(self.answer)
-
-
-async def trivial_server(port: int, body_bytes: int, ready: Callable[[int], None]) -> None:
-    """Serve on loopback until cancelled; `ready` gets the port."""
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: TrivialProtocol(body_bytes), "127.0.0.1", port)
-    ready(server.sockets[0].getsockname()[1])
-    await server.serve_forever()
-
-
 def main(args: list[str]) -> None:
-    if args[0] == "trivial":
-        uvloop.run(trivial_server(0, int(args[1]), lambda port: print(port, flush=True)))
-        return
     result = uvloop.run(run_load(Load(**json.loads(args[0]))))
     print(json.dumps(asdict(result)))
 

@@ -67,7 +67,7 @@ def gateway(
 def classifier(
     files: Annotated[list[Path], typer.Argument(help="question sets as JSON lines")],
     outside: Annotated[
-        Path | None, typer.Option(help="requests that belong to no task, JSON lines with `text`")
+        Path | None, typer.Option(help="requests of no task, JSON lines")
     ] = None,
     json_out: JsonOut = None,
 ) -> None:

@@ -78,7 +78,8 @@ _ASIDE = re.compile(
 _SEVERAL = re.compile(r"\b(?:or|and)\b|, ", re.IGNORECASE)
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z])(?<![^A-Za-z][xyzn])(?<!^[xyzn]) ?\^\(?-?\d+\)?")
 _EXPRESSION = re.compile(
-    r"√|π|∞|\\|\b(?:sqrt|pi)\b|[\d)]\s?\^|\d ?[+*×] ?[\d(]|(?<![a-z'])[xyzn](?![a-z'])(?! \d)|\d\(|\)\(", re.IGNORECASE
+    r"√|π|∞|\\|\b(?:sqrt|pi)\b|[\d)]\s?\^|\d ?[+*×] ?[\d(]|(?<![a-z'])[xyzn](?![a-z'\d])(?! \d)|\d\(|\)\(",
+    re.IGNORECASE,
 )
 _MATH_TEXT = re.compile(r"[\w\s^{}()\[\]+\-*×/.,√π!\\|°]+")
 _LATIN = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
@@ -109,12 +110,12 @@ def _number_in(claim: str, *, prose: bool = False) -> Reading | None:
         claim = re.sub(r"^\s*-\s+", "-", claim).strip()
     if "^" in claim:
         claim = _UNIT_POWER.sub("", claim)
-    found = numerals(claim)
+    found = list(islice(numerals(claim), 2))
     if len(found) != 1 or _EXPRESSION.search(f"{claim[: found[0].start]}0{claim[found[0].stop :]}"):
         expression = None if prose else _expression(claim)
         if expression or found or (prose and len(claim.split()) > 4):
             return expression
-        found = spelled(claim)
+        found = list(islice(spelled(claim), 2))
     if len(found) != 1 or found[0].value is None or DENIED.search(claim, 0, found[0].start):
         return None
     return Reading(canonical(found[0].value), claim[found[0].start : found[0].stop].strip())
@@ -152,6 +153,8 @@ def _text(text: str, spec: AnswerSpec, question: str, finished: bool) -> Reading
     quoted = {text_key(a or b): (a or b) for a, b in _QUOTED.findall(last)}
     if len(quoted) == 1:
         return _text_in(*quoted.values())
+    if "=" in last:
+        return _text_in(last)
     key = boolean(text, spec, question, finished)
     return Reading(key, key) if key else None
 

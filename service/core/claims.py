@@ -101,9 +101,9 @@ def text_key(text: str) -> str:
     Letters spelled out one by one (`y a j o`, `Y-A-J-O`) are joined.
     """
     if text[:1] in _NUMBER_STARTS and not _PADDED.match(text):
-        found = numerals(text)
-        if len(found) == 1 and (found[0].start, found[0].stop) == (0, len(text)) and found[0].value is not None:
-            return canonical(found[0].value)
+        first = next(numerals(text), None)
+        if first and (first.start, first.stop) == (0, len(text)) and first.value is not None:
+            return canonical(first.value)
     words = _WORD.findall(text.casefold())
     if len(words) > 1 and all(len(w) == 1 and w.isalpha() for w in words):
         return "".join(words)

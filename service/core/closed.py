@@ -6,7 +6,7 @@ import re
 from functools import lru_cache
 from itertools import islice
 
-from service.core.claims import claims, plain, sentences, text_key
+from service.core.claims import CLAIM, claims, plain, sentences, text_key
 from service.core.options import options
 from service.core.types import AnswerSpec
 
@@ -79,7 +79,7 @@ def _option_named(claim: str, valid: dict[str, str]) -> str | None:
 
 def _choice_in_prose(text: str, valid: dict[str, str]) -> str | None:
     """Without a claim: a lone label, or the only option that the final sentence names. A list of options is none."""
-    last = text.strip().rsplit("\n", 1)[-1]
+    last = text.strip().rsplit("\n", 1)[-1][:CLAIM]
     listed = sum(m[1] in valid for m in _LISTED.finditer(text))
     if listed > 1 and _LISTED.match(last):
         return None

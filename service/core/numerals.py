@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -10,6 +11,8 @@ _MAX_DIGITS = 200  # of a number; also the largest power of ten
 _SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12, "k": 3}
 
 _BLOB = r"(?:\d+(?:[.,']\d+|[ ]\d{3}(?!\d))*|\.\d+)"
+_DIGIT = re.compile(r"\d")
+_PREFIX = 20  # longest sign with currency before a number's first digit
 _NUMBER = re.compile(
     rf"""
     (?P<sign>(?<![\w)])[-]|\b(?:minus|negative)[ ])?
@@ -64,24 +67,26 @@ class Numeral:
     stop: int
 
 
-def numerals(text: str) -> list[Numeral]:
-    """All numbers written in digits, left to right, with sign and currency in their span. Percent is a unit.
+def numerals(text: str) -> Iterator[Numeral]:
+    """The numbers written in digits, left to right, with sign, currency and percent sign in their span.
 
     A value is None where digits are grouped in no known way (`1,2345`), the number has more than 200 digits or an
     exponent beyond 200, divides by zero, or is a date with its month's name.
     """
-    dates = [m.span() for m in _DATE.finditer(text)] if _DATE.search(text) else []
-    found = []
-    for m in _NUMBER.finditer(text):
+    stop = 0
+    while digit := _DIGIT.search(text, stop):  # most of a text is none: the large pattern is only tried around digits
+        m = _NUMBER.search(text, max(stop, digit.start() - _PREFIX))
+        if m is None:
+            return
         start, stop = m.span()
-        dated = any(a < stop and start < b for a, b in dates)
-        found.append(Numeral(None if dated else _value(m), start, stop))
-    return found
+        dated = any(a < stop and start < b for a, b in (d.span() for d in _DATE.finditer(text)))
+        yield Numeral(None if dated else _value(m), start, stop)
 
 
-def spelled(text: str) -> list[Numeral]:
-    """All numbers written in words: twelve, forty-two, one hundred and five, two and a half, three quarters."""
-    return [Numeral(_of_words(m["words"].lower(), -1 if m["sign"] else 1), *m.span()) for m in _WORDS.finditer(text)]
+def spelled(text: str) -> Iterator[Numeral]:
+    """The numbers written in words: twelve, forty-two, one hundred and five, two and a half, three quarters."""
+    for m in _WORDS.finditer(text):
+        yield Numeral(_of_words(m["words"].lower(), -1 if m["sign"] else 1), *m.span())
 
 
 def canonical(value: Fraction) -> str:

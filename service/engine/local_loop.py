@@ -204,7 +204,7 @@ class Loop:
         for row, (token, logprob) in zip(list(rows), choose(logits, draws), strict=True):
             if row.call.over:
                 continue
-            if not math.isfinite(logprob):
+            if math.isnan(logprob):
                 self._fail(row.call, InvalidRequest("the model's output for this prompt is not finite"))
                 continue
             self.stats.tokens += 1

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 _CANDIDATES = 64
+_TINY = np.finfo(np.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,33 +24,36 @@ class Draw:
 def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[tuple[int, float]]:
     """Token and its untempered log-probability (nats) for each row of float32 logits `(rows, vocabulary)`.
 
-    Sorting a whole vocabulary is dear, so the likeliest tokens are looked at first, and the rest only when the nucleus
-    reaches beyond them: the result is that of the full sort. A log-probability that is not finite tells that the
-    row's logits are not.
+    Sorting a whole vocabulary is dear, so the likeliest tokens are looked at first, and the rest only when the draw
+    lies beyond them: the result is that of the full sort. Rows do not influence each other, bit for bit (of PyTorch's
+    reductions over a row, softmax has this property and logsumexp has not). A log-probability that is NaN tells that
+    the row's logits are not finite.
     """
-    values, ids = logits.topk(min(_CANDIDATES, logits.shape[1]), dim=1)
-    norms = torch.logsumexp(logits, 1)
-    warmth = torch.tensor([[d.temperature or 1.0] for d in draws], device=logits.device)
-    warm_norms = torch.logsumexp(logits / warmth, 1)
-    tops, names = values.double().cpu().numpy(), ids.cpu().numpy()
+    plain = logits.softmax(1)
+    warmth = [d.temperature or 1.0 for d in draws]
+    warm = plain if set(warmth) == {1.0} else (logits / torch.tensor(warmth, device=logits.device)[:, None]).softmax(1)
+    values, ids = warm.topk(min(_CANDIDATES, logits.shape[1]), dim=1)
+    tops, names, likely = values.cpu().numpy(), ids.cpu().numpy(), plain.gather(1, ids).cpu().numpy()
     found = []
-    for row, (draw, norm, warm_norm) in enumerate(zip(draws, norms.tolist(), warm_norms.tolist(), strict=True)):
-        at = 0 if draw.temperature == 0 else _nucleus(tops[row] / draw.temperature - warm_norm, draw)
-        if at is None:
-            found.append(_from_all(logits[row], norm, warm_norm, draw))
+    for row, draw in enumerate(draws):
+        at = 0 if draw.temperature == 0 else _nucleus(tops[row], draw)
+        if at is not None:
+            token, chance = names[row, at], likely[row, at]
         else:
-            found.append((int(names[row, at]), float(tops[row, at]) - norm))
+            token = _from_all(warm[row], draw)
+            chance = plain[row, token].item()
+        found.append((int(token), float(np.log(np.maximum(chance, _TINY)))))
     return found
 
 
-def _nucleus(logprobs: np.ndarray, draw: Draw, *, complete: bool = False) -> int | None:
-    """Position of the drawn token among log-probabilities in descending order; None if it may lie beyond them."""
-    mass = np.cumsum(np.exp(logprobs))
+def _nucleus(chances: np.ndarray, draw: Draw, *, complete: bool = False) -> int | None:
+    """Position of the drawn token among probabilities in descending order; None if it may lie beyond them."""
+    mass = np.cumsum(chances, dtype=np.float64)
     total = mass[-1] if complete else 1.0
     if draw.top_p < 1:
-        inside = int(np.searchsorted(mass, draw.top_p))
-        if inside < len(mass):
-            total = mass[inside]
+        last = int(np.searchsorted(mass, draw.top_p))
+        if last < len(mass):
+            total = mass[last]
         elif not complete:
             return None
     at = int(np.searchsorted(mass, draw.u * total, side="right"))
@@ -58,9 +62,7 @@ def _nucleus(logprobs: np.ndarray, draw: Draw, *, complete: bool = False) -> int
     return len(mass) - 1 if complete else None
 
 
-def _from_all(logits: torch.Tensor, norm: float, warm_norm: float, draw: Draw) -> tuple[int, float]:
-    values, ids = logits.double().sort(descending=True, stable=True)
-    tops = values.cpu().numpy()
-    at = _nucleus(tops / draw.temperature - warm_norm, draw, complete=True)
-    assert at is not None
-    return int(ids[at]), float(tops[at]) - norm
+def _from_all(chances: torch.Tensor, draw: Draw) -> int:
+    values, ids = chances.sort(descending=True, stable=True)
+    at = _nucleus(values.cpu().numpy(), draw, complete=True)
+    return int(ids[at])

@@ -12,7 +12,6 @@ import ctypes
 import logging
 import os
 import re
-import resource
 import signal
 import sys
 import time
@@ -46,7 +45,7 @@ _WORDY = (
 
 
 class SymbolicPool:
-    """One lazily started child that normalises expressions, one at a time, with a cache in front. Linux and macOS.
+    """One lazily started child that normalises expressions, one at a time, with a cache in front. Needs a Unix.
 
     `canonical` never raises; whatever goes wrong, the answer keeps its plain key. A dead child is replaced.
     """
@@ -198,6 +197,8 @@ def _key(value: Any) -> str | None:
 
 
 def _main(parent: int) -> None:
+    import resource
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
@@ -207,7 +208,7 @@ def _main(parent: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     logging.disable()
-    canonical_latex("1")  # imports
+    canonical_latex(r"\sqrt{12}x+1")  # imports, and what is slow only once
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:
@@ -221,6 +222,8 @@ def _main(parent: int) -> None:
 
 
 def _limit_cpu() -> None:
+    import resource
+
     used = resource.getrusage(resource.RUSAGE_SELF)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + _CPU_SECONDS, hard))
