@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 
 import orjson
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from service.errors import BodyTooLarge, ClientClosed, DetotError, InvalidRequest
 
@@ -102,10 +104,19 @@ def _invalid(e: ValidationError) -> InvalidRequest:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "json_invalid":
         return InvalidRequest(f"the body is not valid JSON: {first['msg']}")
-    value = repr(first["input"])
-    value = value if len(value) <= 80 else value[:77] + "..."
     rest = f" (and {len(more)} more)" if more else ""
-    return InvalidRequest(f"{where or 'body'}: {first['msg']}, got {value}{rest}", param=where or None)
+    return InvalidRequest(f"{where or 'body'}: {first['msg']}, got {_short(first['input'])}{rest}", param=where or None)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _allowed(app: FastAPI, request: Request) -> list[str]:
+    routes = [r for r in app.routes if isinstance(r, Route) and r.path_regex.match(request.url.path)]
+    exact = [r for r in routes if "{" not in r.path.rsplit("/", 1)[-1]] or routes
+    return sorted({method for r in exact for method in r.methods or ()})
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -172,12 +183,22 @@ def install_handlers(app: FastAPI) -> None:
             log.warning("%s %s: %s: %s", request.method, request.url.path, exc.code, exc.message)
         return render(exc, request.url.path)
 
+    async def parameters(request: Request, exc: Exception) -> Response:
+        assert isinstance(exc, RequestValidationError)
+        first = exc.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][1:])
+        return render(
+            InvalidRequest(f"{name}: {first['msg']}, got {_short(first['input'])}", param=name), request.url.path
+        )
+
     async def http(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
         error = DetotError(str(exc.detail))
         error.status, error.code = exc.status_code, _title(exc.status_code).lower().replace(" ", "_")
         response = render(error, request.url.path)
         response.headers.update(exc.headers or {})
+        if exc.status_code == 405:  # Starlette names the methods of the first route alone
+            response.headers["Allow"] = ", ".join(_allowed(app, request))
         return response
 
     async def unknown(request: Request, exc: Exception) -> Response:
@@ -185,6 +206,7 @@ def install_handlers(app: FastAPI) -> None:
         return render(DetotError("an unexpected error; the log has the details"), request.url.path)
 
     app.add_exception_handler(DetotError, known)
+    app.add_exception_handler(RequestValidationError, parameters)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(Exception, unknown)
 

@@ -28,7 +28,7 @@ Admin = Annotated[Key, Depends(Require(Scope.ADMIN))]
 
 TaskPath = Annotated[str, Path(alias="task", max_length=64, description="id of a task")]
 VersionPath = Annotated[str, Path(alias="version", max_length=16, description="version number; 0 is the zero offset")]
-_READ = problems(401, 403, 404, 429, 503)
+_READ = problems(400, 401, 403, 404, 429, 503)
 _WRITE = problems(400, 401, 403, 404, 409, 413, 422, 429, 503)
 MAX_RUNTIME_TASKS = 200  # bounds the `task` label of the metrics and the classifier's build time
 
@@ -99,7 +99,7 @@ async def tasks(request: Request) -> dict[str, Any]:
     return {"tasks": rows}
 
 
-@call.get("/v1/tasks/{task}", responses=problems(401, 403, 404, 429))
+@call.get("/v1/tasks/{task}", responses=problems(400, 401, 403, 404, 429))
 async def task_detail(request: Request, name: TaskPath) -> dict[str, Any]:
     """One task: its definition, its offset and what the worker's monitor says of it."""
     runtime = _runtime(request)
@@ -133,7 +133,7 @@ async def register_task(request: Request, key: Admin) -> dict[str, Any]:
     return to_dict(task)
 
 
-@admin.delete("/v1/tasks/{task}", status_code=204, responses=problems(401, 403, 404, 409, 429, 503))
+@admin.delete("/v1/tasks/{task}", status_code=204, responses=problems(400, 401, 403, 404, 409, 429, 503))
 async def delete_task(request: Request, name: TaskPath, key: Admin) -> Response:
     """Remove a run-time task. Its outcomes and offsets stay until they expire."""
     runtime = _runtime(request)

@@ -36,7 +36,13 @@ _CHAT_BODY = {
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}},
     }
 }
-_ERRORS = openai_errors(400, 401, 403, 404, 413, 429, 500, 503, 504)
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A chat completion, or its chunks",
+        "content": {"application/json": {}, "text/event-stream": {}},
+    },
+    **openai_errors(400, 401, 403, 404, 413, 429, 500, 503, 504),
+}
 
 
 @router.get("/v1/models", responses=openai_errors(401, 403, 429))
@@ -45,14 +51,14 @@ async def models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [_model(request.app.state.runtime)]}
 
 
-@router.get("/v1/models/{model:path}", responses=openai_errors(401, 403, 404, 429))
+@router.get("/v1/models/{model:path}", responses=openai_errors(400, 401, 403, 404, 429))
 async def model(request: Request, model: str) -> dict[str, Any]:
     """One model."""
     _check_model(model, request.app.state.runtime)
     return _model(request.app.state.runtime)
 
 
-@router.post("/v1/chat/completions", responses=_ERRORS, openapi_extra=_CHAT_BODY)
+@router.post("/v1/chat/completions", responses=_RESPONSES, openapi_extra=_CHAT_BODY)
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation: classified, sampled, voted on."""
     runtime: Runtime = request.app.state.runtime

@@ -60,7 +60,9 @@ class DetotOptions(Body):
         "full", description="message content: the best sample's whole text, or the voted answer alone"
     )
     record: bool = Field(True, description="false: nothing about this request is stored")
-    deadline: float | None = Field(None, gt=0, le=3_600, description="seconds; then the vote as it stands is returned")
+    deadline: float | None = Field(
+        None, ge=0.05, le=3_600, description="seconds; then the vote as it stands is returned"
+    )
 
 
 class StreamOptions(Body):

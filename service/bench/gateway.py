@@ -131,11 +131,14 @@ class _Bench:
             self.console.print(f"saturation, round {i + 1}: {results[-1].per_second:,.0f} requests/s", highlight=False)
         busy, served = (b - a for a, b in zip(before, self.server.cpu_times(), strict=True))
         answered = sum(r.ok for r in results)
+        others = max(0.0, 1 - served / busy) if busy else 0.0
+        if others > 0.1:
+            self.console.print(f"other processes took {others:.0%} of the server's core: not a quiet machine")
         return {
             "requests_per_second": round(median(r.per_second for r in results), 1),
             "requests_per_second_rounds": [round(r.per_second, 1) for r in results],
             "server_cpu_ms_per_request": round(1e3 * served / max(answered, 1), 3),
-            "core_share_of_others": round(max(0.0, 1 - served / busy), 3) if busy else None,
+            "core_share_of_others": round(others, 3),
             "generator_us_per_request": round(mean(r.cpu_us for r in results), 1),
         }
 

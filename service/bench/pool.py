@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from service.bench.evaluate import read_questions
 from service.bench.record import Question, record_pool
 from service.core.prompt import compose
 from service.core.types import Prompt
@@ -19,25 +20,6 @@ from service.tasks.signals import signals
 from service.wiring import open_engine
 
 
-def read_questions(path: Path, limit: int | None) -> list[dict[str, Any]]:
-    """The first questions of a JSON lines file.
-
-    Raises:
-        InvalidRequest: the file cannot be read, or a line is not a JSON object; names the line.
-    """
-    try:
-        lines = [line for line in path.read_text().splitlines() if line.strip()][:limit]
-    except (OSError, UnicodeDecodeError) as e:
-        raise InvalidRequest(f"{path}: {e}") from e
-    questions = []
-    for number, line in enumerate(lines, 1):
-        try:
-            questions.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as e:
-            raise InvalidRequest(f"{path}, line {number}: not a JSON object ({e})") from e
-    return questions
-
-
 async def record_questions(
     settings: Settings, file: Path, pool: Path, limit: int, samples: int, concurrency: int, seed: int, console: Console
 ) -> dict[str, Any]:
@@ -46,7 +28,8 @@ async def record_questions(
     Raises:
         InvalidRequest: a question is malformed or names a task that the catalogue does not have.
     """
-    questions, catalogue = read_questions(file, limit), load_catalogue(settings.tasks)
+    questions = [asdict(q) for q in read_questions(file, limit)]
+    catalogue = load_catalogue(settings.tasks)
     if unknown := {q.get("task") for q in questions} - set(catalogue.tasks):
         raise InvalidRequest(f"{file}: unknown task {sorted(map(str, unknown))[0]!r}")
     engine, chat, _ = await open_engine(settings)

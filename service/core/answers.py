@@ -63,7 +63,10 @@ def key_of(answer: str, spec: AnswerSpec, question: str = "") -> str | None:
 
 
 def same(a: str, gold: str, spec: AnswerSpec, question: str = "") -> bool:
-    """Whether two bare answers are the same by their canonical keys; False if one of them cannot be read."""
+    """Whether two bare answers are the same by their canonical keys; False if one of them cannot be read.
+
+    Expressions are compared as written: algebra is not for here (serve.symbolic).
+    """
     key = key_of(a, spec, question)
     return key is not None and key == key_of(gold, spec, question)
 

@@ -105,6 +105,21 @@ def check_prompt(prompt: Prompt, model: ModelInfo) -> None:
         raise InvalidRequest("soft prompt holds a value that is not finite")
 
 
+def check_plan(plan: Sampling) -> None:
+    """What every engine checks before it draws samples.
+
+    Raises:
+        InvalidRequest: a count below 1, a negative temperature, or a nucleus mass outside (0, 1].
+    """
+    for name in ("max_samples", "in_flight", "max_tokens"):
+        if (value := getattr(plan, name)) < 1:
+            raise InvalidRequest(f"{name} is {value}; it must be at least 1", param=name)
+    if not 0 <= plan.temperature < float("inf"):
+        raise InvalidRequest(f"temperature is {plan.temperature}; it must be at least 0", param="temperature")
+    if not 0 < plan.top_p <= 1:
+        raise InvalidRequest(f"top_p is {plan.top_p}; it must be in (0, 1]", param="top_p")
+
+
 async def collect(engine: Engine, prompt: Prompt, plan: Sampling, **kw: object) -> list[Sample]:
     """All samples of one call, by index."""
     async with aclosing(engine.generate(prompt, plan, **kw)) as stream:  # type: ignore[arg-type,type-var]

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from service.core.types import Delta, ModelInfo, Prompt, Sample, Sampling
 from service.engine import local_int8
-from service.engine.base import Priority, Stats, check_prompt
+from service.engine.base import Priority, Stats, check_plan, check_prompt
 from service.engine.local_loop import Call, Item, Loop
 from service.engine.local_model import LanguageModel, RowCache
 from service.engine.text import eos_ids, tokenizer_hash
@@ -96,6 +96,7 @@ class LocalEngine:
         self, prompt: Prompt, plan: Sampling, *, priority: Priority = Priority.LIVE, deadline: float | None = None
     ) -> AsyncGenerator[Sample | Delta, None]:
         """See `Engine.generate`."""
+        check_plan(plan)
         check_prompt(prompt, self._model)
         if (wrong := max(prompt.token_ids)) >= self._vocab_size or (wrong := min(prompt.token_ids)) < 0:
             raise InvalidRequest(f"token id {wrong} is outside the vocabulary of {self._vocab_size}")

@@ -223,7 +223,7 @@ class Loop:
             self._emit(row, row.text.push(token))
             if row.text.stopped:
                 return "stop"
-        return "length" if len(row.tokens) == row.call.max_tokens else None
+        return "length" if len(row.tokens) >= row.call.max_tokens else None
 
     def _emit(self, row: Row, piece: str) -> None:
         if piece and row.call.plan.stream:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from service.core.types import Delta, ModelInfo, Prompt, Sample, Sampling
-from service.engine.base import Priority, Stats, check_prompt, sample_seed
+from service.engine.base import Priority, Stats, check_plan, check_prompt, sample_seed
 from service.errors import DeadlineExceeded, EngineUnavailable, InvalidRequest
 
 _WORDS = "so then each of them has three four seven apples rolls left over which makes answer is 42".split()  # noqa: SIM905
@@ -138,6 +138,7 @@ class ScriptedEngine:
         self, prompt: Prompt, plan: Sampling, *, priority: Priority = Priority.LIVE, deadline: float | None = None
     ) -> AsyncGenerator[Sample | Delta, None]:
         """See `Engine.generate`."""
+        check_plan(plan)
         self._check(prompt)
         self.stats.prefill_tokens += len(prompt.token_ids)
         soft = self._digest(prompt)

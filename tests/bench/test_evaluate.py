@@ -37,8 +37,10 @@ def write(folder: Path, *rows: Any) -> Path:
 @pytest.fixture(scope="module")
 def narrow(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """One request at a time, small bodies, samples that take a while."""
-    settings = {"LIMITS__CONCURRENCY": "1", "LIMITS__BODY_BYTES": "1000", "SCRIPTED__LATENCY": "0.1"}
-    with live_server(redis_url, tmp_path_factory.mktemp("narrow"), **settings) as server:
+    folder = tmp_path_factory.mktemp("narrow")
+    with live_server(
+        redis_url, folder, LIMITS__CONCURRENCY="1", LIMITS__BODY_BYTES="1000", SCRIPTED__LATENCY="0.1"
+    ) as server:
         yield server
 
 

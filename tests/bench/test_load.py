@@ -128,8 +128,6 @@ async def test_requests_without_an_answer_are_counted(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"host": "10.0.0.1"}, "'10.0.0.1' is not a loopback address"),
-        ({"host": "example.com"}, "not a loopback"),
         ({"connections": 0}, r"connections is 0; it must lie in \[1, 512\]"),
         ({"connections": 513}, "connections is 513"),
         ({"seconds": 61}, "seconds is 61"),

@@ -156,6 +156,12 @@ class Conformance:
         assert await collect(subject.engine, subject.prompt(), GREEDY) == before
         await subject.engine.health()
 
+    async def test_plans_that_make_no_sense_are_refused(self, subject: Subject):
+        wrong = [{"max_samples": 0}, {"in_flight": 0}, {"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}]
+        for changes in wrong:
+            with pytest.raises(InvalidRequest, match=next(iter(changes))):
+                await collect(subject.engine, subject.prompt(), GREEDY.but(**changes))
+
     async def test_huge_finite_offsets_harm_nobody_else(self, subject: Subject):
         good = subject.shifted(1)
         assert good.soft is not None
