@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 REGISTRY = CollectorRegistry()
+M = TypeVar("M", Counter, Gauge, Histogram)
 
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
@@ -53,6 +56,12 @@ MONITOR = Gauge(
 )
 BREACH = Gauge("detot_monitor_breach", "1 while a task misses a target threshold", ["task", "name"], registry=REGISTRY)
 LAG = Gauge("detot_worker_lag_outcomes", "Outcomes of a task that the worker has not read", ["task"], registry=REGISTRY)
+
+
+@cache
+def of(metric: M, *labels: str) -> M:
+    """`metric.labels(*labels)`, found faster. Labels are bounded, and so is the cache."""
+    return metric.labels(*labels)
 
 
 class Reading:

@@ -19,7 +19,7 @@ from service.api.http import body_of, error_payload, json_response, openai_error
 from service.api.schemas import NEUTRAL, ChatRequest, DetotOptions, SampleBounds
 from service.core.types import Delta, Sample, Vote
 from service.errors import DetotError, InvalidRequest, UnknownModel, UnsupportedField
-from service.metrics import REQUESTS
+from service.metrics import REQUESTS, of
 from service.serve.pipeline import Answer, Event, Progress, answer
 from service.serve.routing import Ask, Route
 from service.wiring import Runtime
@@ -81,7 +81,7 @@ async def chat_completions(request: Request) -> Response:
         status = e.status
         raise
     finally:
-        REQUESTS.labels(task, arm, str(status)).inc()
+        of(REQUESTS, task, arm, str(status)).inc()
 
 
 def to_ask(body: ChatRequest, runtime: Runtime) -> Ask:

@@ -148,9 +148,9 @@ class _Bench:
         before, results = self.server.metrics(), []
         for i in range(rounds):
             results.append(self.load(self.seconds, rate))
-            self.console.print(
-                f"{rate:,.0f} requests/s, round {i + 1}: {_latency(results[-1:])}", highlight=False, soft_wrap=True
-            )
+            seen = _latency(results[-1:])
+            said = f"{rate:,.0f} requests/s, round {i + 1}: p50 {seen['p50_ms']} ms, p99 {seen['p99_ms']} ms"
+            self.console.print(said, highlight=False)
         after = self.server.metrics()
         spent = {name: value - before.get(name, 0.0) for name, value in after.items()}
         answered = sum(r.ok for r in results)

@@ -66,9 +66,7 @@ def gateway(
 @bench_app.command("classifier")
 def classifier(
     files: Annotated[list[Path], typer.Argument(help="question sets as JSON lines")],
-    outside: Annotated[
-        Path | None, typer.Option(help="requests of no task, JSON lines")
-    ] = None,
+    outside: Annotated[Path | None, typer.Option(help="requests of no task, JSON lines")] = None,
     json_out: JsonOut = None,
 ) -> None:
     """Accuracy, rejection and speed of the classifier on held-out questions."""

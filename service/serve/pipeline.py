@@ -89,7 +89,7 @@ class Stopwatch:
         now = time.perf_counter()
         self.stages[stage] = seconds = now - (self.last or self.started)
         self.last = now
-        metrics.STAGE_SECONDS.labels(stage).observe(seconds)
+        metrics.of(metrics.STAGE_SECONDS, stage).observe(seconds)
 
 
 async def answer(server: Server, ask: Ask) -> AsyncGenerator[Event, None]:
@@ -249,14 +249,14 @@ def _outcome(
 
 def _count(result: Answer) -> None:
     task, vote = result.route.task.id, result.vote
-    metrics.REQUEST_SECONDS.labels(task).observe(result.timings["total"])
-    metrics.TOKENS.labels("prompt").inc(result.prompt_tokens)
-    metrics.TOKENS.labels("completion").inc(result.completion_tokens)
+    metrics.of(metrics.REQUEST_SECONDS, task).observe(result.timings["total"])
+    metrics.of(metrics.TOKENS, "prompt").inc(result.prompt_tokens)
+    metrics.of(metrics.TOKENS, "completion").inc(result.completion_tokens)
     if vote is None:
         return
-    metrics.SAMPLES.labels(task).observe(vote.samples)
-    metrics.SAVED.labels(task).inc(max(0, result.route.plan.max_samples - vote.samples))
-    metrics.CONSENSUS.labels(task).observe(vote.share)
-    metrics.CONFIDENCE.labels(task).observe(vote.confidence)
+    metrics.of(metrics.SAMPLES, task).observe(vote.samples)
+    metrics.of(metrics.SAVED, task).inc(max(0, result.route.plan.max_samples - vote.samples))
+    metrics.of(metrics.CONSENSUS, task).observe(vote.share)
+    metrics.of(metrics.CONFIDENCE, task).observe(vote.confidence)
     if vote.unparseable:
-        metrics.UNPARSEABLE.labels(task).inc(vote.unparseable)
+        metrics.of(metrics.UNPARSEABLE, task).inc(vote.unparseable)

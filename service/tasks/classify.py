@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -111,15 +111,23 @@ class Classifier:
 
 def embed(text: str) -> np.ndarray:
     """Unit-length mean of the token vectors of the text's ends, lower-cased; float32 `(256,)`, zero without tokens."""
-    tokenizer, table = _wordllama()
+    _, table = _wordllama()
     tidy = _SPACED_MARK.sub("", _SPACE.sub(" ", clip(text, _HEAD, _TAIL).lower())).strip()
     if not tidy.isascii():
         tidy = tidy.encode("utf-8", "replace").decode()  # lone surrogates
-    ids = tokenizer.encode(tidy, add_special_tokens=False).ids
+    ids = [i for word in tidy.split() for i in (_known_word(word) if len(word) < 32 else _word_ids(word))]
     if not ids:
         return np.zeros(table.shape[1], np.float32)
     mean = table[ids].mean(0)
     return mean / max(float(np.sqrt(mean @ mean)), 1e-6)
+
+
+def _word_ids(word: str) -> tuple[int, ...]:
+    """Token ids of one word. No token of this vocabulary spans two words, so a text's ids are those of its words."""
+    return tuple(_wordllama()[0].encode(word, add_special_tokens=False).ids)
+
+
+_known_word = lru_cache(65_536)(_word_ids)
 
 
 @cache

@@ -13,6 +13,7 @@ import pytest
 
 from service.bench.classify import bench_classifier, confusion_table
 from service.errors import InvalidRequest
+from service.tasks import classify
 from service.tasks.catalogue import GENERAL, load_catalogue, parse_task
 from service.tasks.classify import MIN_EXAMPLES, REJECT_BELOW, Classifier, embed
 
@@ -174,3 +175,13 @@ def test_held_out_questions_of_research_sets() -> None:
     report = bench_classifier(sorted(RESEARCH_SETS.glob("*.jsonl")))
     assert all(s["accuracy"] >= 0.95 for s in report["sets"].values()), report["sets"]
     assert report["average"] >= 0.98
+
+
+def test_words_are_tokenised_alone_as_in_their_text():
+    """The shortcut that makes embedding fast: per-word ids are the text's ids."""
+    tokenizer, _ = classify._wordllama()
+    for path in (DATA / "in_domain.jsonl", DATA / "out_of_domain.jsonl"):
+        for line in path.read_text().splitlines():
+            text = " ".join(json.loads(line)["question"].lower().split())
+            ids = [i for word in text.split() for i in classify._word_ids(word)]
+            assert ids == tokenizer.encode(text, add_special_tokens=False).ids
