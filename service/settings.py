@@ -17,6 +17,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import ConfigError
 
+# Before PyTorch loads OpenMP: threads that wait for each other by spinning take the cores that the server, Redis and
+# the worker need, and slow decoding itself several times over as soon as those are busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 DEFAULT_MODEL = "Qwen2.5-Coder-0.5B-Instruct"
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]

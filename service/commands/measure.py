@@ -60,7 +60,8 @@ def gateway(
     """Cost of the service itself: the real server with the scripted engine under load from another process."""
     from service.bench.gateway import bench_gateway
 
-    _finish(bench_gateway(seconds=seconds, rounds=rounds, connections=connections), json_out)
+    result = bench_gateway(seconds=seconds, rounds=rounds, connections=connections)
+    _finish(result, json_out, ok=result["errors"] == 0 and result["outcomes"]["complete"])
 
 
 @bench_app.command("classifier")
@@ -72,7 +73,8 @@ def classifier(
     """Accuracy, rejection and speed of the classifier on held-out questions."""
     from service.bench.classify import bench_classifier
 
-    _finish(bench_classifier(files, outside), json_out)
+    result = bench_classifier(files, outside)
+    _finish(result, json_out, ok=result["ok"])
 
 
 @bench_app.command("record")
@@ -110,10 +112,11 @@ def replay_pool(
     _finish(replay(read_pool(pool), plan, fixed=fixed, orders=orders, seed=seed), json_out)
 
 
-def _finish(result: dict, json_out: Path | None) -> None:
+def _finish(result: dict, json_out: Path | None, *, ok: bool = True) -> None:
     if json_out is not None:
         try:
             json_out.write_text(json.dumps(result, indent=1, default=str) + "\n")
         except OSError as e:
             raise InvalidRequest(f"--json {json_out}: {e.strerror}") from e
     figures(result)
+    raise typer.Exit(0 if ok else 1)

@@ -6,17 +6,12 @@ import asyncio
 import hashlib
 import itertools
 import json
-import os
 import struct
 import time
 from collections.abc import AsyncGenerator
 from functools import partial
 from pathlib import Path
 from typing import Literal
-
-# Before PyTorch loads OpenMP: threads that wait for each other by spinning take the cores that the server, Redis and
-# the worker need, and slow decoding itself several times over as soon as those are busy.
-os.putenv("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from tokenizers import Tokenizer

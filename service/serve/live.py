@@ -91,9 +91,11 @@ class Live:
         self._tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._listen())]
 
     async def aclose(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        pending = set(self._tasks)
+        while pending:  # one cancellation may be lost in a timeout that redis-py handles at the same moment
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=0.2)
 
     async def refresh(self) -> None:
         """Read tasks and heads, verify what is new, swap the snapshot.
@@ -179,8 +181,9 @@ class Live:
 
     async def _follow(self) -> None:
         while True:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), self._poll)
+            with suppress(TimeoutError):  # not wait_for, which may swallow a cancellation in Python 3.11
+                async with asyncio.timeout(self._poll):
+                    await self._wake.wait()
             self._wake.clear()
             try:
                 await self.refresh()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+import httpx
 import numpy as np
 import pytest
 
 from service.core.artifact import decode, encode
+from tests.live import live_server
 
 TASK = "yes_no"
 QUESTION = {"model": "default", "messages": [{"role": "user", "content": "Is the sky blue?"}]}
@@ -45,6 +47,16 @@ def test_an_offset_put_by_hand_is_served_within_a_second_and_rollback_undoes_it(
     assert asked(http)["version"] == before
     actions = [d["action"] for d in http.get(f"/v1/tasks/{TASK}/offsets").json()["history"]]
     assert actions[:2] == ["rollback", "publish"]
+
+
+def test_another_replica_serves_it_too(http, live, redis_url, tmp_path):
+    with live_server(redis_url, tmp_path) as second, httpx.Client(base_url=second.url, timeout=30) as other:
+        version = put(http, encode(noisy(http))).json()["version"]
+        deadline = time.monotonic() + 5
+        while asked(other)["version"] != version and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert asked(other)["version"] == version
+        http.post(f"/v1/tasks/{TASK}/offsets/rollback", json={})
 
 
 @pytest.mark.parametrize(
@@ -197,4 +209,3 @@ def test_unknown_paths_and_methods(http):
     response = http.put("/v1/feedback", json={})
     assert response.status_code == 405
     assert "POST" in response.headers["allow"]
-    assert time.time() > 0

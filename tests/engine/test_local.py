@@ -18,17 +18,19 @@ from service.engine.text import ChatText
 from service.errors import ConfigError, EngineUnavailable, InvalidRequest, ModelError
 from tests.engine.conformance import GREEDY, WARM, Conformance, Subject, until
 
-torch = pytest.importorskip("torch")
-from service.engine.local import LocalEngine  # noqa: E402
+local = pytest.importorskip("service.engine.local", exc_type=ImportError)  # before PyTorch: it sets up OpenMP
+import torch  # noqa: E402
+
+LocalEngine = local.LocalEngine
 
 pytestmark = pytest.mark.model
 
 
-def opened(folder: Path, **options) -> LocalEngine:
+def opened(folder: Path, **options) -> Any:
     return asyncio.run(LocalEngine.open(folder, model_id="small", context=1_024, **options))
 
 
-def subject_of(engine: LocalEngine, folder: Path) -> Subject:
+def subject_of(engine: Any, folder: Path) -> Subject:
     rows = EmbeddingTable.open(folder).rows
     return Subject(engine, engine, ChatText.open(folder), rows, lambda: engine.stats.running)
 
