@@ -17,9 +17,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import ConfigError
 
-# Before PyTorch loads OpenMP: threads that wait for each other by spinning take the cores that the server, Redis and
-# the worker need, and slow decoding itself several times over as soon as those are busy.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before PyTorch loads OpenMP: threads that spin for milliseconds while they wait for each other take the cores that
+# the server, Redis and the worker need, and decoding slows down several times over; threads that sleep at once wake
+# too late for the short steps of decoding. So they spin briefly (docs/decisions/0002).
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 DEFAULT_MODEL = "Qwen2.5-Coder-0.5B-Instruct"
 

@@ -23,7 +23,7 @@ from service.settings import Settings, child_environment
 from service.store.embedded import EmbeddedValkey
 
 _FLUSH = 10.0  # seconds a child gets beyond its drain time, to write outcomes and free its model
-_QUESTION = "A baker makes 24 rolls and sells 9 of them. Then she bakes 12 more. How many rolls does she have now?"
+_QUESTION = "Mia has 5 boxes with 6 pencils in each box. She gives 8 pencils away. How many pencils does she have left?"
 
 
 def supervise(settings: Settings) -> int:

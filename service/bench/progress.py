@@ -36,7 +36,7 @@ class _Lines:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if stage == self._stage and now - self._last < 5 and done != total:
+        if stage == self._stage and (not total or (now - self._last < 5 and done < total)):
             return
         self._last, self._stage = now, stage
         share = f"{done / total:.0%}" if total else f"{done / 1e6:.0f} MB" if done else ""

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from service.engine import local_int8
 from service.errors import ModelError
@@ -132,6 +133,7 @@ class LanguageModel:
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         stored = "auto" if quantize else self.dtype
         try:
+            disable_progress_bar()  # of transformers; this process shows its own
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=stored, attn_implementation=_ATTENTION)
         except (OSError, ValueError, KeyError, ImportError) as e:
             raise ModelError(f"{folder} cannot be loaded as a causal language model: {e}") from e
