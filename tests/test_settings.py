@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.api.app import create_app
+from service.api.app import open_keyring
 from service.errors import ConfigError
 from service.settings import load_settings
 
@@ -43,4 +43,4 @@ def test_loopback(host, loopback):
 
 def test_binding_beyond_loopback_needs_keys():
     with pytest.raises(ConfigError, match=r"0\.0\.0\.0.*keys"):
-        create_app(load_settings(host="0.0.0.0"))
+        open_keyring(load_settings(host="0.0.0.0"))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+import signal
+import socket
 from typing import Any
 
 import uvicorn
+import uvloop
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from prometheus_client.exposition import choose_encoder
@@ -38,8 +40,8 @@ _SCHEMAS: tuple[type[BaseModel], ...] = (
 )
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The ASGI application. Opens its runtime at start and closes it at shutdown.
+def open_keyring(settings: Settings) -> Keyring:
+    """The keys that requests are checked against.
 
     Raises:
         ConfigError: it would listen beyond loopback without keys, or the keys file is malformed.
@@ -49,23 +51,13 @@ def create_app(settings: Settings) -> FastAPI:
             f"DETOT_HOST={settings.host!r} is reachable from other machines, and there are no keys: "
             "make one with `detot keys add NAME` and set DETOT_KEYS_FILE, or listen on 127.0.0.1"
         )
-    keyring = Keyring(settings.keys_file, settings.limits.rate)
+    return Keyring(settings.keys_file, settings.limits.rate)
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with AsyncExitStack() as stack:
-            try:
-                app.state.runtime = runtime = await stack.enter_async_context(open_runtime(settings))
-            except DetotError as e:
-                app.state.failure = e
-                raise
-            gc.collect()
-            gc.freeze()  # what lives as long as the process need not be looked at again
-            log.info("model %s is loaded; tasks: %s", runtime.engine.model.id, ", ".join(runtime.catalogue.tasks))
-            yield
 
-    app = FastAPI(title="DETOT", version=__version__, summary="Inference-time prompting service", lifespan=lifespan)
-    app.state.settings, app.state.keyring, app.state.failure = settings, keyring, None
+def create_app(settings: Settings, keyring: Keyring, runtime: Runtime) -> FastAPI:
+    """The ASGI application on an open runtime."""
+    app = FastAPI(title="DETOT", version=__version__, summary="Inference-time prompting service")
+    app.state.settings, app.state.keyring, app.state.runtime = settings, keyring, runtime
     install_handlers(app)
     for router in (openai.router, native.feedback_router, native.call, native.admin):
         app.include_router(router)
@@ -132,28 +124,35 @@ def serve_api(settings: Settings) -> None:
     """Run one API process until SIGTERM or SIGINT: stop accepting, finish what runs, write outcomes, exit.
 
     Raises:
-        ConfigError: a setting, the catalogue or the keys are wrong, or the port is taken.
+        ConfigError, InvalidCatalogue, ModelError: what to mend; nothing was served.
     """
-    app = create_app(settings)
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        loop="uvloop",
-        http="httptools",
-        ws="none",
-        access_log=False,
-        log_config=None,
-        timeout_graceful_shutdown=int(settings.limits.drain),
-        h11_max_incomplete_event_size=65_536,
-        server_header=False,
-        date_header=False,
-    )
-    server = uvicorn.Server(config)
-    try:
-        sockets = [config.bind_socket()]  # before the model is loaded, so that a taken port is known at once
-    except SystemExit:
-        raise ConfigError(f"cannot listen on {settings.host} port {settings.port}: is it taken?") from None
-    server.run(sockets)
-    if app.state.failure is not None:
-        raise app.state.failure
+    keyring = open_keyring(settings)
+    with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((settings.host, settings.port))  # before the model is loaded: a taken port shows at once
+        except OSError as e:
+            raise ConfigError(f"cannot listen on {settings.host} port {settings.port}: {e.strerror or e}") from e
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(settings, keyring, listener))
+
+
+async def _serve(settings: Settings, keyring: Keyring, listener: socket.socket) -> None:
+    async with open_runtime(settings) as runtime:
+        config = uvicorn.Config(
+            create_app(settings, keyring, runtime),
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            timeout_graceful_shutdown=int(settings.limits.drain),
+            server_header=False,
+            date_header=False,
+        )
+        gc.collect()
+        gc.freeze()  # what lives as long as the process need not be looked at again
+        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it is done; we go on to close
+            signal.signal(number, lambda *_: None)
+        log.info("model %s is loaded; tasks: %s", runtime.engine.model.id, ", ".join(runtime.catalogue.tasks))
+        await uvicorn.Server(config).serve([listener])
