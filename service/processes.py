@@ -68,7 +68,9 @@ class Supervisor:
             self.stop()
             for child in children:
                 await self._end(child)
-            await asyncio.gather(*keepers)
+            for ended in await asyncio.gather(*keepers, return_exceptions=True):  # all of them, also when one failed
+                if isinstance(ended, BaseException):
+                    raise ended
         finally:
             for name in list(self._processes):
                 self._kill(name)
