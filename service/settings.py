@@ -6,6 +6,7 @@ The value `none` switches an optional setting off.
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import os
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,9 @@ from service.errors import ConfigError
 # the server, Redis and the worker need, and decoding slows down several times over; threads that sleep at once wake
 # too late for the short steps of decoding. So they spin briefly (docs/decisions/0002).
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+
+_NOT_OURS = ("url", "key")  # of the command line's client commands
+_FOREIGN = ("bench_", "test_")  # of `detot bench gateway` and of the tests
 
 DEFAULT_MODEL = "Qwen2.5-Coder-0.5B-Instruct"
 
@@ -140,10 +144,24 @@ def load_settings(**overrides: Any) -> Settings:
     Raises:
         ConfigError: naming each variable at fault, its value and its bound.
     """
+    _refuse_unknown()
     try:
         return Settings(**{k: v for k, v in overrides.items() if v is not None})
     except ValidationError as e:
         raise ConfigError("; ".join(_explain(err) for err in e.errors())) from None
+
+
+def _refuse_unknown() -> None:
+    """A misspelled variable would otherwise be ignored silently, and with it what somebody wanted to protect."""
+    known = [*Settings.model_fields, *_NOT_OURS]
+    for name in os.environ:
+        head = name.lower().removeprefix("detot_").split("__")[0]
+        if name.upper().startswith("DETOT_") and head not in known and not head.startswith(_FOREIGN):
+            close = difflib.get_close_matches(head, known, 1)
+            groups = [g for g in known if head.startswith(f"{g}_")]
+            hint = f"DETOT_{groups[0].upper()}__{head[len(groups[0]) + 1 :].upper()}" if groups else ""
+            hint = hint or (f"DETOT_{close[0].upper()}" if close else "")
+            raise ConfigError(f"{name}: there is no such setting" + (f"; did you mean {hint}?" if hint else ""))
 
 
 def child_environment(settings: Settings) -> dict[str, str]:

@@ -44,3 +44,19 @@ def test_loopback(host, loopback):
 def test_binding_beyond_loopback_needs_keys():
     with pytest.raises(ConfigError, match=r"0\.0\.0\.0.*keys"):
         open_keyring(load_settings(host="0.0.0.0"))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("DETOT_RECORD_ENABLED", "DETOT_RECORD__ENABLED"),
+        ("DETOT_PORTT", "DETOT_PORT"),
+        ("DETOT_TYPO", "no such"),
+    ],
+)
+def test_a_misspelled_setting_is_refused_with_what_was_meant(monkeypatch, name, hint):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ConfigError) as caught:
+        load_settings()
+    assert name in caught.value.message
+    assert hint in caught.value.message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -81,7 +82,7 @@ async def body_of(request: Request, model: type[M]) -> M:
     try:
         return model.model_validate_json(raw or b"{}")
     except ValidationError as e:
-        raise _invalid(e) from None
+        raise _invalid(e, model) from None
 
 
 async def read_body(request: Request) -> bytes:
@@ -99,13 +100,20 @@ async def read_body(request: Request) -> bytes:
     return b"".join(chunks)
 
 
-def _invalid(e: ValidationError) -> InvalidRequest:
-    first, *more = e.errors(include_url=False, include_context=False)
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "json_invalid":
-        return InvalidRequest(f"the body is not valid JSON: {first['msg']}")
-    rest = f" (and {len(more)} more)" if more else ""
-    return InvalidRequest(f"{where or 'body'}: {first['msg']}, got {_short(first['input'])}{rest}", param=where or None)
+def _invalid(e: ValidationError, model: type[BaseModel]) -> InvalidRequest:
+    errors = [(_path(error["loc"], model), error) for error in e.errors(include_url=False, include_context=False)]
+    if errors[0][1]["type"] == "json_invalid":
+        return InvalidRequest(f"the body is not valid JSON: {errors[0][1]['msg']}")
+    # Of a union's branches the one that got furthest, and rather a broken bound than a wrong type, is what was meant.
+    path, error = max(errors, key=lambda found: (len(found[0]), not found[1]["type"].endswith("_type")))
+    where = ".".join(path)
+    return InvalidRequest(f"{where or 'body'}: {error['msg']}, got {_short(error['input'])}", param=where or None)
+
+
+def _path(loc: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
+    """The part of pydantic's location that a client knows: fields and positions, without the branches of unions."""
+    known = set(re.findall(r"'([a-z_]+)': \{", str(model.model_json_schema())))
+    return [str(part) for part in loc if isinstance(part, int) or part in known]
 
 
 def _short(value: Any) -> str:

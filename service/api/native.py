@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from service.api.http import body_of, problems, read_body
 from service.api.schemas import ClassifyRequest, FeedbackRequest, FreezeRequest, RollbackRequest
 from service.core.artifact import Artifact, decode, encode, zero_artifact
 from service.core.types import Feedback, Head
-from service.errors import Conflict, InvalidArtifact, InvalidRequest, NotFound, UnknownTask
+from service.errors import Conflict, DetotError, InvalidArtifact, InvalidRequest, NotFound, UnknownTask
 from service.serve.routing import task_of
 from service.tasks.catalogue import Task, parse_task, to_dict
 from service.tasks.signals import signals
@@ -213,9 +214,20 @@ async def rollback(request: Request, name: TaskPath, key: Admin) -> dict[str, An
     runtime = _runtime(request)
     _task(runtime, name)
     body = await body_of(request, RollbackRequest)
+    await _check_target(runtime, name, body.to)
     await runtime.store.offsets.rollback(name, body.to, actor=key.name, reason=body.reason)
     await runtime.live.refresh()
     return {"task": name, **_state(runtime, name)}
+
+
+async def _check_target(runtime: Runtime, name: str, to: int | None) -> None:
+    """A version that would be refused must not become the champion. Raises InvalidArtifact with the reason."""
+    offsets = runtime.store.offsets
+    if to is None and (head := await offsets.head(name)).version:
+        with suppress(DetotError):  # a champion that cannot be read is what one wants to leave
+            to = decode(await offsets.get(name, head.version)).parent
+    if to:
+        await asyncio.to_thread(runtime.live.verify, decode(await offsets.get(name, to)))
 
 
 @admin.post("/v1/tasks/{task}/offsets/freeze", responses=_WRITE, openapi_extra=_json_body("FreezeRequest"))

@@ -17,7 +17,7 @@ from service.api.auth import Require
 from service.api.auth import Scope as KeyScope
 from service.api.http import body_of, error_payload, json_response, openai_errors, until_disconnect
 from service.api.schemas import NEUTRAL, ChatRequest, DetotOptions, SampleBounds
-from service.core.types import Delta, Sample, Vote
+from service.core.types import Arm, Delta, Sample, Vote
 from service.errors import DetotError, InvalidRequest, UnknownModel, UnsupportedField
 from service.metrics import REQUESTS, of
 from service.serve.pipeline import Answer, Event, Progress, answer
@@ -113,7 +113,7 @@ def to_ask(body: ChatRequest, runtime: Runtime) -> Ask:
         text=asked[-1],
         n=body.n or 1,
         task=options.task,
-        arm=options.arm,
+        arm=Arm(options.arm) if options.arm else None,
         min_samples=low,
         max_samples=high,
         confidence=options.confidence,

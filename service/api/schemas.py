@@ -6,14 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from service.core.types import Arm
-
 TaskId = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,47}$", description="id of a task in the catalogue")]
 RequestId = Annotated[str, Field(min_length=1, max_length=128, description="`id` of an earlier chat completion")]
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
 
 class TextPart(Body):
@@ -55,7 +53,7 @@ class DetotOptions(Body):
     confidence: float | None = Field(
         None, gt=0.5, lt=1, description="stop drawing once the leader leads with this probability"
     )
-    arm: Literal[Arm.CONTROL, Arm.CHAMPION] | None = Field(None, description="default: by hash of the request")
+    arm: Literal["control", "champion"] | None = Field(None, description="default: by hash of the request")
     content: Literal["full", "answer"] = Field(
         "full", description="message content: the best sample's whole text, or the voted answer alone"
     )
@@ -114,6 +112,18 @@ class ChatRequest(Body):
     audio: Any = None
     prediction: Any = None
     web_search_options: Any = None
+    top_k: Any = None
+    min_p: Any = None
+    repetition_penalty: Any = None
+    best_of: Any = None
+    use_beam_search: Any = None
+    ignore_eos: Any = None
+    stop_token_ids: Any = None
+    prompt_logprobs: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
 
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -132,6 +142,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "prompt_logprobs": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
 }
 
 

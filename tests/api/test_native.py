@@ -8,8 +8,10 @@ from dataclasses import replace
 import httpx
 import numpy as np
 import pytest
+from redis import Redis
 
 from service.core.artifact import decode, encode
+from service.store import keys
 from tests.live import live_server
 
 TASK = "yes_no"
@@ -97,6 +99,20 @@ def test_download_gives_back_what_was_published(http):
     http.post(f"/v1/tasks/{TASK}/offsets/rollback", json={})
     assert http.get(f"/v1/tasks/{TASK}/offsets/999999").status_code == 404
     assert http.get(f"/v1/tasks/{TASK}/offsets/x").status_code == 400
+
+
+def test_a_rollback_to_a_version_that_would_be_refused_changes_nothing(http, redis_url):
+    first, second = (put(http, encode(noisy(http, scale))).json()["version"] for scale in (0.01, 0.02))
+    with Redis.from_url(redis_url) as redis:
+        blob = bytearray(redis.hget(keys.offsets(TASK), str(first)))  # type: ignore[arg-type]
+        blob[-1] ^= 1
+        redis.hset(keys.offsets(TASK), str(first), bytes(blob))
+    for body in ({"to": first}, {}):
+        response = http.post(f"/v1/tasks/{TASK}/offsets/rollback", json=body)
+        assert response.status_code == 422
+        assert "checksum" in response.json()["detail"]
+    assert asked(http)["version"] == second
+    assert http.post(f"/v1/tasks/{TASK}/offsets/rollback", json={"to": 0}).json()["version"] == 0
 
 
 def test_freeze_and_unfreeze(http):
