@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -73,7 +74,8 @@ def bench_gateway(
             with start_server(folder, valkey.url, cores[0], connections, profile) as server:
                 bench = _Bench(server, seconds, connections, say)
                 figures = bench.saturate(rounds)
-                figures |= bench.added_latency(rounds, figures["requests_per_second"] / 2)
+                with _trivial_server(cores[0], bench, figures["server_cpu_ms_per_request"]) as same_work:
+                    figures |= bench.added_latency(rounds, figures["requests_per_second"] / 2, same_work)
                 figures["outcomes"] = bench.outcomes(redis)
             figures["floor"] = _floor(cores[0], bench, figures["rate"])
             figures["valkey"] = redis.info("server").get("valkey_version", "unknown")  # type: ignore[union-attr]
@@ -142,14 +144,19 @@ class _Bench:
             "generator_us_per_request": round(mean(r.cpu_us for r in results), 1),
         }
 
-    def added_latency(self, rounds: int, rate: float) -> dict[str, Any]:
-        """Open loop at a constant rate: latency from the scheduled sending, and the mean of each stage."""
+    def added_latency(self, rounds: int, rate: float, same_work: int) -> dict[str, Any]:
+        """Open loop at a constant rate: latency from the scheduled sending, and the mean of each stage.
+
+        Each round is followed by one on the server at port `same_work`.
+        """
         rate = max(1.0, round(rate, 1))
-        before, results = self.server.metrics(), []
+        before, results, others = self.server.metrics(), [], []
         for i in range(rounds):
             results.append(self.load(self.seconds, rate))
-            seen = _latency(results[-1:])
+            others.append(self.load(self.seconds, rate, same_work))
+            seen, other = _latency(results[-1:]), _latency(others[-1:])
             said = f"{rate:,.0f} requests/s, round {i + 1}: p50 {seen['p50_ms']} ms, p99 {seen['p99_ms']} ms"
+            said += f" (same work: {other['p50_ms']} and {other['p99_ms']})"
             self.console.print(said, highlight=False)
         after = self.server.metrics()
         spent = {name: value - before.get(name, 0.0) for name, value in after.items()}
@@ -158,7 +165,8 @@ class _Bench:
         latencies = [x for r in results for x in r.latencies_ms]
         return {
             **_latency(results),
-            "p99_ms_rounds": [_latency([r])["p99_ms"] for r in results],
+            "p99_ms_rounds": _p99_of_each(results),
+            "same_work": _latency(others) | {"p99_ms_rounds": _p99_of_each(others)},
             "rate": rate,
             "stages_ms": stages | {"http_and_queue": round(mean(latencies or [0.0]) - sum(stages.values()), 3)},
             "samples_per_request": round(_total(spent, "detot_samples_per_answer_sum") / max(answered, 1), 3),
@@ -185,17 +193,28 @@ def _latency(results: Sequence[LoadResult]) -> dict[str, float | None]:
     return {name: round(x, 3) for name, x in (figures | {"generator_lag_p99_ms": percentile(lags, 99)}).items()}
 
 
-def _floor(core: int, bench: _Bench, rate: float) -> dict[str, Any]:
-    """The same load on a server that does nothing: what generator and machine add by themselves."""
-    command = [sys.executable, "-m", "service.bench.floor", str(round(bench.body_bytes))]
+def _p99_of_each(results: Sequence[LoadResult]) -> list[float | None]:
+    return [_latency([r])["p99_ms"] for r in results]
+
+
+@contextmanager
+def _trivial_server(core: int, bench: _Bench, milliseconds: float = 0.0) -> Iterator[int]:
+    """The port of a server that only works for so long on each request."""
+    command = [sys.executable, "-m", "service.bench.floor", str(round(bench.body_bytes)), str(milliseconds)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=on_core(core)) as process:
         try:
             assert process.stdout is not None
             port = int(process.stdout.readline())
             bench.load(1.0, port=port)
-            closed, opened = bench.load(bench.seconds, port=port), bench.load(bench.seconds, rate, port=port)
+            yield port
         finally:
             process.kill()
+
+
+def _floor(core: int, bench: _Bench, rate: float) -> dict[str, Any]:
+    """The same load on a server that does nothing: what generator and machine add by themselves."""
+    with _trivial_server(core, bench) as port:
+        closed, opened = bench.load(bench.seconds, port=port), bench.load(bench.seconds, rate, port=port)
     return {"requests_per_second": round(closed.per_second, 1), **_latency([opened])}
 
 

@@ -20,6 +20,7 @@ def test_every_request_is_answered_voted_on_and_recorded(monkeypatch, tmp_path):
     assert outcomes["complete"] and outcomes["answered"] == outcomes["stored"] > 50
     assert set(figures["stages_ms"]) >= {"classify", "compose", "generate", "vote", "record", "http_and_queue"}
     assert figures["requests_per_second"] > 0 and figures["p99_ms"] >= figures["p50_ms"] > 0
+    assert figures["same_work"]["p99_ms"] > 0 and len(figures["same_work"]["p99_ms_rounds"]) == 1
     assert figures["floor"]["p99_ms"] > 0 and isinstance(figures["target_met"], bool)
     assert (tmp_path / "profile").stat().st_size > 1_000
 
