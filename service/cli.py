@@ -40,6 +40,8 @@ def main() -> None:
         app()
     except DetotError as e:
         err.print(f"detot: {e.message}", style="red", markup=False, highlight=False, soft_wrap=True)
+        if sys.argv[1:2] in (["eval"], ["bench"]):  # their last line is JSON, come what may
+            figures({"error": e.message, "code": e.code})
         sys.exit(2 if isinstance(e, (ConfigError, InvalidCatalogue, InvalidRequest)) else 1)
     except KeyboardInterrupt:
         sys.exit(130)

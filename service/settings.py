@@ -12,8 +12,10 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+import limits
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import ConfigError
@@ -28,7 +30,31 @@ _FOREIGN = ("bench_", "test_")  # of `detot bench gateway` and of the tests
 
 DEFAULT_MODEL = "Qwen2.5-Coder-0.5B-Instruct"
 
+
+def _redis_url(value: str) -> str:
+    if (scheme := urlsplit(value).scheme) not in ("redis", "rediss", "unix"):
+        raise ValueError(f"the scheme is {scheme!r}; redis://, rediss:// or unix:// is needed")
+    return value
+
+
+def _rate(value: str) -> str:
+    try:
+        limits.parse(value)
+    except ValueError:
+        raise ValueError("not of the form 600/minute") from None
+    return value
+
+
+def _file(value: Path) -> Path:
+    if not value.expanduser().is_file():
+        raise ValueError("there is no such file")
+    return value.expanduser()
+
+
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
+RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+Rate = Annotated[str, AfterValidator(_rate)]
+ExistingFile = Annotated[Path, AfterValidator(_file)]
 
 
 class Group(BaseModel):
@@ -38,7 +64,7 @@ class Group(BaseModel):
 class RedisSettings(Group):
     """Where outcomes and offsets live. Without `url` an embedded Valkey is started on a private unix socket."""
 
-    url: str | None = Field(None, description="redis://, rediss:// or unix:// URL; none starts an embedded Valkey")
+    url: RedisUrl | None = Field(None, description="redis://, rediss:// or unix:// URL; none starts an embedded Valkey")
     password: SecretStr | None = Field(None, description="password, if it is not part of the URL")
     password_file: Path | None = Field(None, description="file that holds the password (a mounted secret)")
     poll: Seconds = Field(0.5, le=60, description="seconds between looks at the published versions")
@@ -61,7 +87,7 @@ class LimitSettings(Group):
     body_bytes: int = Field(1_000_000, ge=1_000, le=100_000_000, description="largest request body")
     concurrency: int = Field(64, ge=1, le=100_000, description="requests answered at once; more get 429")
     deadline: Seconds = Field(300.0, le=3_600, description="seconds a request may take at most")
-    rate: str | None = Field(None, description="default rate limit of a key, such as 600/minute; none: unlimited")
+    rate: Rate | None = Field(None, description="default rate limit of a key, such as 600/minute; none: unlimited")
     drain: Seconds = Field(30.0, le=3_600, description="seconds running requests get to finish after SIGTERM")
     max_samples: int = Field(64, ge=1, le=1_024, description="most samples one request may ask for")
 
@@ -101,7 +127,7 @@ class Settings(BaseSettings):
     data_dir: Path = Field(Path("~/.local/share/detot"), description="embedded Valkey's data, log files")
     cache_dir: Path = Field(Path("~/.cache/detot"), description="model weights")
     keys_file: Path | None = Field(None, description="API keys, hashed; made by `detot keys add`")
-    tasks: Path | None = Field(None, description="your task catalogue; none: the shipped one")
+    tasks: ExistingFile | None = Field(None, description="your task catalogue; none: the shipped one")
     engine: Literal["local", "scripted"] = "local"
     model: str = Field(DEFAULT_MODEL, description="known model, Hugging Face id or local folder")
     offline: bool = Field(False, description="never ask a model hub")
@@ -126,6 +152,12 @@ class Settings(BaseSettings):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    @property
+    def base_url(self) -> str:
+        """Where this machine reaches the API."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     @property
     def redis_password(self) -> str | None:
@@ -186,4 +218,8 @@ def _variables(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, st
 def _explain(err: Any) -> str:
     name = "DETOT_" + "__".join(str(part) for part in err["loc"]).upper()
     secret = "PASSWORD" in name
-    return f"{name}={'***' if secret else err['input']!r}: {err['msg']}"
+    return f"{name}={'***' if secret else _written(err['input'])}: {err['msg'].removeprefix('Value error, ')}"
+
+
+def _written(value: Any) -> str:
+    return repr(str(value) if isinstance(value, Path) else value)

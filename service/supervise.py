@@ -44,8 +44,8 @@ async def _supervise(settings: Settings) -> int:
     started, console = time.monotonic(), Console(highlight=False, soft_wrap=True)
     say = _printer(console)
     supervisor = Supervisor(say)
-    base = base_url(settings)
-    finishing = _stop_on_signals(supervisor, base)
+    base = settings.base_url
+    _stop_on_signals(supervisor)
     async with AsyncExitStack() as stack:
         if settings.redis.url is None:
             valkey = await stack.enter_async_context(EmbeddedValkey(settings.data_dir))
@@ -53,10 +53,9 @@ async def _supervise(settings: Settings) -> int:
             settings = settings.model_copy(update={"redis": redis})
         stack.callback(asyncio.create_task(_announce(supervisor, settings, base, console, say)).cancel)
         code = await supervisor.run(_children(settings))
-    served = await finishing[0] if finishing else 0
     reason = "as asked" if code == 0 else "wrong configuration"
     seconds = round(time.monotonic() - started, 1)
-    say(json.dumps({"stopped": reason, "served": served, "restarts": dict(supervisor.restarts), "seconds": seconds}))
+    say(json.dumps({"stopped": reason, "restarts": dict(supervisor.restarts), "seconds": seconds}))
     return code
 
 
@@ -81,37 +80,16 @@ def free_port(settings: Settings, name: str) -> int | None:
         raise ConfigError(f"DETOT_{name.upper()}: cannot listen on {settings.host} port {port}: {e.strerror}") from e
 
 
-def _stop_on_signals(supervisor: Supervisor, base: str) -> list[asyncio.Task[int]]:
-    """SIGINT, SIGTERM and (unless ignored, as under nohup) SIGHUP stop; again SIGINT hurries.
-
-    The list returned gets one task at the first signal: the number of requests served until then.
-    """
-    loop, finishing = asyncio.get_running_loop(), []
-
-    async def finish() -> int:
-        served = await _served(base)
-        supervisor.stop()
-        return served
+def _stop_on_signals(supervisor: Supervisor) -> None:
+    """SIGINT, SIGTERM and (unless ignored, as under nohup) SIGHUP stop; again SIGINT hurries."""
+    loop = asyncio.get_running_loop()
 
     def signalled(sig: signal.Signals) -> None:
-        if not finishing:
-            finishing.append(loop.create_task(finish()))
-        elif sig == signal.SIGINT:
-            supervisor.stop(hurry=True)
+        supervisor.stop(hurry=sig == signal.SIGINT and supervisor.stopping.is_set())
 
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if sig != signal.SIGHUP or signal.getsignal(sig) != signal.SIG_IGN:
             loop.add_signal_handler(sig, signalled, sig)
-    return finishing
-
-
-async def _served(base: str) -> int:
-    """Requests the running API process has answered, as its metrics say; 0 if it does not answer."""
-    with suppress(httpx.HTTPError, ValueError):
-        async with httpx.AsyncClient(timeout=1.0, trust_env=False) as client:
-            lines = (await client.get(f"{base}/metrics")).text.splitlines()
-        return sum(int(float(line.rsplit(" ", 1)[1])) for line in lines if line.startswith("detot_requests_total{"))
-    return 0
 
 
 async def _announce(supervisor: Supervisor, settings: Settings, base: str, console: Console, say: Say) -> None:
@@ -154,11 +132,6 @@ def welcome(settings: Settings, base: str, model: str) -> list[str]:
         "try:",
         f"curl -s {base}/v1/chat/completions -H 'content-type: application/json'{key} -d {shlex.quote(body)}",
     ]
-
-
-def base_url(settings: Settings) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
 
 
 def _printer(console: Console) -> Say:

@@ -52,6 +52,18 @@ def test_a_refusal_is_one_line_with_the_reason(live, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_commands_go_where_the_settings_say_the_service_listens(live):
+    done = detot("tasks", "list", DETOT_PORT=live.url.rsplit(":", 1)[1])
+    assert done.returncode == 0, done.stderr
+    assert "sentiment" in done.stdout
+
+
+def test_eval_and_bench_end_with_json_also_when_they_fail():
+    done = detot("eval", "/nowhere.jsonl")
+    assert done.returncode == 2
+    assert "/nowhere.jsonl" in json.loads(done.stdout.splitlines()[-1])["error"]
+
+
 def test_no_service_there_says_how_to_start_one():
     done = detot("tasks", "list", "--url", "http://127.0.0.1:9")
     assert done.returncode == 1

@@ -16,6 +16,22 @@ def test_mistakes_name_variable_value_and_bound(monkeypatch):
     assert "DETOT_LIMITS__CONCURRENCY='0'" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("DETOT_LIMITS__RATE", "fast", "600/minute"),
+        ("DETOT_REDIS__URL", "http://127.0.0.1", "the scheme is 'http'"),
+        ("DETOT_TASKS", "/nowhere/tasks.yaml", "no such file"),
+    ],
+)
+def test_values_of_a_form_are_refused_by_name(monkeypatch, name, value, says):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        load_settings()
+    assert f"{name}={value!r}" in caught.value.message
+    assert says in caught.value.message
+
+
 def test_an_unknown_group_member_is_an_error(monkeypatch):
     monkeypatch.setenv("DETOT_LIMITS__CONCURENCY", "5")
     with pytest.raises(ConfigError, match="DETOT_LIMITS__CONCURENCY"):

@@ -8,7 +8,7 @@ import pytest
 
 from service.errors import ConfigError
 from service.settings import child_environment, load_settings
-from service.supervise import base_url, free_port, welcome
+from service.supervise import free_port, welcome
 
 
 def test_a_taken_port_is_named_with_its_setting():
@@ -41,7 +41,7 @@ def test_an_unknown_host_is_named():
     ],
 )
 def test_base_url(host, url):
-    assert base_url(load_settings(host=host)) == url
+    assert load_settings(host=host).base_url == url
 
 
 def test_the_curl_line_is_one_line_of_valid_shell_and_json():

@@ -34,7 +34,7 @@ _LINES_EVERY = 10.0  # seconds between plain lines where there is no terminal
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A line of a question set; `task` is None where the file names none."""
+    """A line of a question set; `task` is None where the file names none. A line without `id` is called by number."""
 
     id: str
     question: str
@@ -55,7 +55,7 @@ def read_questions(file: Path, limit: int | None = None) -> list[Question]:
                 if limit is not None and len(found) == limit:
                     break
                 if line.strip():
-                    question = _parse(line, f"{file.name}, line {number}")
+                    question = _parse(line, f"{file.name}, line {number}", number)
                     if question.id in found:
                         raise InvalidRequest(f"{file.name}, line {number}: field id: {question.id!r} was there before")
                     found[question.id] = question
@@ -66,15 +66,17 @@ def read_questions(file: Path, limit: int | None = None) -> list[Question]:
     return list(found.values())
 
 
-def _parse(line: str, where: str) -> Question:
+def _parse(line: str, where: str, number: int) -> Question:
     try:
         row: Any = json.loads(line)
     except json.JSONDecodeError as e:
         raise InvalidRequest(f"{where}: not JSON: {e.msg} (column {e.colno})") from e
     if not isinstance(row, dict):
         raise InvalidRequest(f"{where}: not an object but {line.strip()[:40]!r}")
-    if type(row.get("answer")) in (int, float):
-        row["answer"] = str(row["answer"])
+    row = {"id": number} | row
+    for name in ("id", "answer"):
+        if type(row.get(name)) in (int, float):
+            row[name] = str(row[name])
     for name in ("id", "question", "answer"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise InvalidRequest(f"{where}: field {name} is missing or not a text")

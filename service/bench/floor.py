@@ -1,8 +1,8 @@
-"""A trivial HTTP server, to show what a load generator measures when the server does next to nothing, or only works.
+"""A trivial HTTP server, to show what a load generator measures when the server does nothing or only burns CPU time.
 
-`python -m service.bench.floor <bytes> [<milliseconds>]` prints its port and serves bodies of that size on loopback until
-terminated. With milliseconds, each request first costs a fixed amount of work that takes that long on a quiet core: a
-core that other tenants of the machine slow down shows in the latencies, as it does in those of the real server.
+`python -m service.bench.floor <bytes> [<milliseconds>]` prints its port and serves bodies of that size on loopback
+until terminated. With milliseconds, each request first costs a fixed amount of work that takes so long on a quiet
+core: a core that other tenants of the machine slow down shows in the latencies, as it does in the real server's.
 """
 
 from __future__ import annotations

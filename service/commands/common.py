@@ -10,21 +10,27 @@ import typer
 from rich.console import Console
 
 from service.client import Client
-from service.settings import Settings
-
-URL = "http://127.0.0.1:8000"
+from service.settings import Settings, load_settings
 
 out = Console()
 err = Console(stderr=True)
 
-Url = Annotated[str, typer.Option(help="address of the running service", envvar="DETOT_URL")]
+Url = Annotated[
+    str | None,
+    typer.Option(help="address of the running service; default: as DETOT_HOST and DETOT_PORT say", envvar="DETOT_URL"),
+]
 KeyOption = Annotated[str | None, typer.Option("--key", help="API key", envvar="DETOT_KEY")]
 TaskName = Annotated[str, typer.Argument(help="task id")]
 
 
-def client(url: str, key: str | None) -> Client:
+def service_url(url: str | None) -> str:
+    """The address given, or else the one where a service with these settings listens."""
+    return url or load_settings().base_url
+
+
+def client(url: str | None, key: str | None) -> Client:
     """A client of the service that the options name."""
-    return Client(url, key)
+    return Client(service_url(url), key)
 
 
 def figures(values: dict[str, Any]) -> None:

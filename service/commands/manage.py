@@ -9,7 +9,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from service.commands.common import URL, KeyOption, TaskName, Url, client, figures, out, pull_model
+from service.commands.common import KeyOption, TaskName, Url, client, figures, out, pull_model
 from service.errors import InvalidRequest
 from service.settings import DEFAULT_MODEL, load_settings
 
@@ -63,7 +63,7 @@ def models_path(model: Annotated[str, typer.Argument()] = DEFAULT_MODEL) -> None
 
 
 @tasks_app.command("list")
-def tasks_list(url: Url = URL, key: KeyOption = None) -> None:
+def tasks_list(url: Url = None, key: KeyOption = None) -> None:
     """Tasks of a running service."""
     table = Table("task", "answer", "version", "state", "description", box=None)
     for t in client(url, key).json("GET", "/v1/tasks")["tasks"]:
@@ -73,7 +73,7 @@ def tasks_list(url: Url = URL, key: KeyOption = None) -> None:
 
 
 @tasks_app.command("show")
-def tasks_show(task: TaskName, url: Url = URL, key: KeyOption = None) -> None:
+def tasks_show(task: TaskName, url: Url = None, key: KeyOption = None) -> None:
     """Definition, offset and monitor of one task."""
     out.print_json(data=client(url, key).json("GET", f"/v1/tasks/{task}"))
 
@@ -88,7 +88,7 @@ def tasks_check(file: Annotated[Path, typer.Argument(help="task catalogue (YAML)
 
 @tasks_app.command("add")
 def tasks_add(
-    file: Annotated[Path, typer.Argument(help="one task, as YAML or JSON")], url: Url = URL, key: KeyOption = None
+    file: Annotated[Path, typer.Argument(help="one task, as YAML or JSON")], url: Url = None, key: KeyOption = None
 ) -> None:
     """Register a task with a running service."""
     import yaml
@@ -101,7 +101,7 @@ def tasks_add(
 
 
 @tasks_app.command("remove")
-def tasks_remove(task: TaskName, url: Url = URL, key: KeyOption = None) -> None:
+def tasks_remove(task: TaskName, url: Url = None, key: KeyOption = None) -> None:
     """Remove a run-time task."""
     client(url, key).json("DELETE", f"/v1/tasks/{task}")
 
@@ -110,7 +110,7 @@ def tasks_remove(task: TaskName, url: Url = URL, key: KeyOption = None) -> None:
 
 
 @offsets_app.command("list")
-def offsets_list(task: TaskName, url: Url = URL, key: KeyOption = None) -> None:
+def offsets_list(task: TaskName, url: Url = None, key: KeyOption = None) -> None:
     """The champion and every decision about it, newest first."""
     out.print_json(data=client(url, key).json("GET", f"/v1/tasks/{task}/offsets"))
 
@@ -120,7 +120,7 @@ def offsets_get(
     task: TaskName,
     file: Annotated[Path, typer.Argument(help="where to write the artifact")],
     version: Annotated[int, typer.Option(help="version; 0 is the zero offset")] = 0,
-    url: Url = URL,
+    url: Url = None,
     key: KeyOption = None,
 ) -> None:
     """Download the artifact of a version."""
@@ -135,7 +135,7 @@ def offsets_new(
         float, typer.Option(min=0, max=4, help="Gaussian noise, in units of the anchor embeddings' RMS")
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    url: Url = URL,
+    url: Url = None,
     key: KeyOption = None,
 ) -> None:
     """Make an artifact for the served model: the zero offset, or noise to see an offset act."""
@@ -154,7 +154,7 @@ def offsets_new(
 def offsets_put(
     task: TaskName,
     file: Annotated[Path, typer.Argument(help="artifact (safetensors)")],
-    url: Url = URL,
+    url: Url = None,
     key: KeyOption = None,
 ) -> None:
     """Publish an artifact as the task's champion; it is checked first, and refused with the reason."""
@@ -171,7 +171,7 @@ def offsets_rollback(
     task: TaskName,
     to: Annotated[int | None, typer.Option(help="version to go back to; default: undo the last publish")] = None,
     reason: Annotated[str, typer.Option()] = "",
-    url: Url = URL,
+    url: Url = None,
     key: KeyOption = None,
 ) -> None:
     """Point back at an earlier version."""
@@ -180,7 +180,7 @@ def offsets_rollback(
 
 @offsets_app.command("freeze")
 def offsets_freeze(
-    task: TaskName, reason: Annotated[str, typer.Option()] = "", url: Url = URL, key: KeyOption = None
+    task: TaskName, reason: Annotated[str, typer.Option()] = "", url: Url = None, key: KeyOption = None
 ) -> None:
     """Stop refinement of a task."""
     _freeze(task, True, reason, url, key)
@@ -188,13 +188,13 @@ def offsets_freeze(
 
 @offsets_app.command("unfreeze")
 def offsets_unfreeze(
-    task: TaskName, reason: Annotated[str, typer.Option()] = "", url: Url = URL, key: KeyOption = None
+    task: TaskName, reason: Annotated[str, typer.Option()] = "", url: Url = None, key: KeyOption = None
 ) -> None:
     """Let refinement of a task go on."""
     _freeze(task, False, reason, url, key)
 
 
-def _freeze(task: str, frozen: bool, reason: str, url: str, key: str | None) -> None:
+def _freeze(task: str, frozen: bool, reason: str, url: str | None, key: str | None) -> None:
     body = {"frozen": frozen, "reason": reason}
     figures(client(url, key).json("POST", f"/v1/tasks/{task}/offsets/freeze", json=body))
 

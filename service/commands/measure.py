@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from service.commands.common import URL, KeyOption, Url, err, figures, pull_model
+from service.commands.common import KeyOption, Url, err, figures, pull_model, service_url
 from service.errors import InvalidRequest
 from service.settings import load_settings
 
@@ -21,7 +21,7 @@ Questions = Annotated[Path, typer.Argument(help="questions as JSON lines: id, ta
 
 def evaluate(
     file: Questions,
-    url: Url = URL,
+    url: Url = None,
     key: KeyOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="first N questions only")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="fixed number of samples")] = None,
@@ -37,7 +37,7 @@ def evaluate(
 
     result = run_eval(
         file,
-        url=url,
+        url=service_url(url),
         key=key,
         limit=limit,
         samples=samples,

@@ -44,6 +44,7 @@ _FRACTION = re.compile(
     r"(?P<whole>\d\s?)?\\[dtc]?frac\s?(?:\{\s?(?P<n>\d{1,99})\s?\}\s?\{\s?(?P<d>\d{1,99})\s?\}|(?P<a>\d)(?P<b>\d))"
 )
 _SPACING = re.compile(r"\\(?:left|right|quad|qquad|displaystyle)(?![a-z])|\\[,;!: ()\[\]]|~")
+_MATH_MODE = re.compile(r"(?<!\\)\$")  # next to LaTeX, a bare dollar sign is no currency
 _DEGREES = re.compile(r"\^\s?\{?\\circ\}?")
 
 
@@ -150,6 +151,7 @@ def _slashed(m: re.Match[str]) -> str:
 
 
 def _without_latex(claim: str) -> str:
+    claim = _MATH_MODE.sub("", claim)
     for _ in range(2):  # \textbf{\text{...}}
         claim = _STYLED.sub(r" \1 ", claim)
     claim = _FRACTION.sub(_slashed, claim)

@@ -17,7 +17,7 @@ _HEAD = 200  # characters in which a completion may open with its answer
 
 _LABEL = re.compile(
     r"(?:(?:it'?s|is|that|the|probably|clearly|definitely|likely|most|best|correct|right|answer|number) ){0,4}"
-    r"(?P<named>(?:option|choice|letter|alternative) ?:? ?)?"
+    r"(?P<named>(?:option|choice|letter|alternative)(?P<says> is)? ?:? ?)?"
     r"(?P<open>[(\[\"']?)(?P<label>[A-Za-z]|\d{1,2})(?!\w)(?P<close>[)\]\"']?)(?=(?P<after>[\s\W]?))",
     re.IGNORECASE,
 )
@@ -57,7 +57,9 @@ def _is_label(m: re.Match[str], claim: str, valid: dict[str, str]) -> bool:
         return m["named"] is not None or not label.islower()
     if not after.isspace():
         return False
-    if m["named"] or text_key(claim[m.end() :]) == text_key(valid[label.upper()]) != "":
+    if (m["named"] and not (m["says"] and label.islower())) or text_key(claim[m.end() :]) == text_key(
+        valid[label.upper()]
+    ) != "":
         return True
     return label.isupper() and (label not in "AI" or _AFTER_LETTER.match(claim, m.end()) is not None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -300,6 +301,8 @@ def _describe(e: ValidationError) -> tuple[str, str]:
             text = str(bound["error"])
         case _:
             text = f"{value}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    if named := re.match(r"field ([^:]+): ", text):  # a check over several fields names the one at fault itself
+        return named[1], text
     return path, f"field {path}: {text}" if path else text
 
 

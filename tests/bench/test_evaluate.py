@@ -64,7 +64,7 @@ def test_questions_are_read_in_order_up_to_the_limit(tmp_path):
         ({"id": "a", "question": "Why?"}, "line 2: field answer is missing or not a text"),
         (line(2, answer=True), "line 2: field answer"),
         (line(2, question=" "), "line 2: field question"),
-        (line(2, id=7), "line 2: field id is missing"),
+        (line(2, id=["7"]), "line 2: field id is missing"),
         (line(2, task=7), "line 2: field task is not a text but 7"),
         (line(1), "line 2: field id: 'q-1' was there before"),
     ],

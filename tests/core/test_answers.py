@@ -353,6 +353,8 @@ def test_a_choice_is_stated():
             "(B) library": "B",
             "Option B": "B",
             "option B is correct": "B",
+            "The correct option is c": "C",
+            "The best choice is a good one": None,
             "The best choice is (D).": "D",
             "So the correct option is D.": "D",
             "The answer is A. Wait. The answer is (C).": "C",

@@ -124,6 +124,15 @@ YAML_MISTAKES = [
 ]
 
 
+def test_a_check_over_several_fields_names_the_one_at_fault():
+    rule = {"when": {"words": {"min": 1}}, "set": {"anchor": "nope"}}
+    with pytest.raises(InvalidCatalogue, match="there is no variant 'nope'") as caught:
+        parse_task(
+            {"id": "x", "description": "d", "anchors": {"default": "a"}, "answer": {"type": "number"}, "rules": [rule]}
+        )
+    assert caught.value.param == "rules[0].set.anchor"
+
+
 @pytest.mark.parametrize(("text", "says"), YAML_MISTAKES)
 def test_a_broken_file_names_the_place(tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "tasks.yaml"
