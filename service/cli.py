@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from service import __version__
-from service.commands import manage, measure
+from service.commands import manage, measure, offsets
 from service.commands.common import err, figures, out, pull_model
 from service.errors import ConfigError, DetotError, InvalidCatalogue, InvalidRequest
 from service.settings import Settings, load_settings
@@ -26,7 +26,8 @@ app = typer.Typer(
 for sub, name in (
     (manage.models_app, "models"),
     (manage.tasks_app, "tasks"),
-    (manage.offsets_app, "offsets"),
+    (offsets.offsets_app, "offsets"),
+    (offsets.canaries_app, "canaries"),
     (manage.keys_app, "keys"),
     (measure.bench_app, "bench"),
 ):
@@ -57,8 +58,11 @@ def version() -> None:
 
 Host = Annotated[str | None, typer.Option(help="address to listen on")]
 Port = Annotated[int | None, typer.Option(help="port to listen on")]
-EngineOption = Annotated[str | None, typer.Option(help="local or scripted")]
+EngineOption = Annotated[str | None, typer.Option(help="local, vllm, vllm-server or scripted")]
 ModelOption = Annotated[str | None, typer.Option(help="known model, Hugging Face id or local folder")]
+Upstream = Annotated[
+    list[str] | None, typer.Option("--upstream", help="http://host:port of a vLLM server; may be given several times")
+]
 
 
 @app.command()
@@ -67,6 +71,7 @@ def serve(
     port: Port = None,
     engine: EngineOption = None,
     model: ModelOption = None,
+    upstream: Upstream = None,
     die_with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Run everything: embedded Valkey (unless DETOT_REDIS__URL is set), API and worker."""
@@ -75,7 +80,7 @@ def serve(
 
     if die_with_parent:
         bind_to_parent(signal.SIGTERM, os.getppid())
-    settings = load_settings(host=host, port=port, engine=engine, model=model)
+    settings = load_settings(host=host, port=port, engine=engine, model=model, upstream=_urls(upstream))
     _logging(settings)
     if settings.engine != "scripted":
         pull_model(settings.model, settings)
@@ -83,11 +88,17 @@ def serve(
 
 
 @app.command()
-def api(host: Host = None, port: Port = None, engine: EngineOption = None, model: ModelOption = None) -> None:
+def api(
+    host: Host = None,
+    port: Port = None,
+    engine: EngineOption = None,
+    model: ModelOption = None,
+    upstream: Upstream = None,
+) -> None:
     """Run one API process against the Redis in DETOT_REDIS__URL."""
     from service.api.app import serve_api
 
-    settings = load_settings(host=host, port=port, engine=engine, model=model)
+    settings = load_settings(host=host, port=port, engine=engine, model=model, upstream=_urls(upstream))
     _logging(settings)
     serve_api(settings)
 
@@ -104,6 +115,10 @@ def worker(
     read = serve_worker(settings, burst=burst)
     if burst:
         figures(read)
+
+
+def _urls(upstream: list[str] | None) -> dict[str, str] | None:
+    return {"urls": ",".join(upstream)} if upstream else None
 
 
 def _logging(settings: Settings) -> None:

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
 
+import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
@@ -48,6 +50,12 @@ TOKENS = Counter("detot_tokens", "Tokens by kind: prompt, completion", ["kind"],
 FEEDBACK = Counter("detot_feedback", "Feedback accepted, by task", ["task"], registry=REGISTRY)
 STORE_ERRORS = Counter("detot_store_errors", "Failed Redis operations, by operation", ["operation"], registry=REGISTRY)
 VERSION = Gauge("detot_offset_version", "Version of the offset served, by task", ["task"], registry=REGISTRY)
+CHALLENGER = Gauge(
+    "detot_challenger_version", "Version of the challenger served, by task; 0: none", ["task"], registry=REGISTRY
+)
+SHARE = Gauge(
+    "detot_challenger_share", "Challenger's share of the requests off the control arm", ["task"], registry=REGISTRY
+)
 REFUSED = Counter(
     "detot_offsets_refused", "Published offsets that were not served because they failed a check", registry=REGISTRY
 )
@@ -67,21 +75,28 @@ def of(metric: M, *labels: str) -> M:
 class Reading:
     """A collector that reads plain attributes of live objects when Prometheus scrapes.
 
-    `gauges` and `counters` map a metric name to its help text and a function giving the present value.
+    `gauges` and `counters` map a metric name to its help text and a function giving the present value, or
+    values by upstream.
     """
 
     def __init__(
         self,
-        gauges: dict[str, tuple[str, Callable[[], float]]],
-        counters: dict[str, tuple[str, Callable[[], float]]],
+        gauges: dict[str, tuple[str, Callable[[], float | Mapping[str, float]]]],
+        counters: dict[str, tuple[str, Callable[[], float | Mapping[str, float]]]],
     ) -> None:
         self._gauges, self._counters = gauges, counters
 
     def collect(self):
-        for name, (text, read) in self._gauges.items():
-            yield GaugeMetricFamily(name, text, value=read())
-        for name, (text, read) in self._counters.items():
-            yield CounterMetricFamily(name, text, value=read())
+        for kind, readings in ((GaugeMetricFamily, self._gauges), (CounterMetricFamily, self._counters)):
+            for name, (text, read) in readings.items():
+                value = read()
+                if not isinstance(value, Mapping):
+                    yield kind(name, text, value=value)
+                    continue
+                family = kind(name, text, labels=["upstream"])
+                for upstream, count in value.items():
+                    family.add_metric([upstream], count)
+                yield family
 
     def __enter__(self) -> Reading:
         REGISTRY.register(self)  # type: ignore[arg-type]
@@ -89,3 +104,25 @@ class Reading:
 
     def __exit__(self, *_: object) -> None:
         REGISTRY.unregister(self)  # type: ignore[arg-type]
+
+
+class _PassedOn:
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def collect(self):
+        yield from (m for m in prometheus_client.REGISTRY.collect() if m.name.startswith(self._prefix))
+
+    def describe(self):
+        return []
+
+
+@contextmanager
+def passed_on(prefix: str) -> Iterator[None]:
+    """Exposes, beside ours, what a library has put into Prometheus' default registry under names with this prefix."""
+    collector = _PassedOn(prefix)
+    REGISTRY.register(collector)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        REGISTRY.unregister(collector)  # type: ignore[arg-type]

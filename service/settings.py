@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import limits
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import ConfigError
@@ -24,6 +24,12 @@ from service.errors import ConfigError
 # the server, Redis and the worker need, and decoding slows down several times over; threads that sleep at once wake
 # too late for the short steps of decoding. So they spin briefly (docs/decisions/0002).
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+
+# Before vLLM is imported: its processes are spawned (a fork of a process with threads may hang), what it logs stays out
+# of standard output, and it reports nothing to anybody.
+os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 _NOT_OURS = ("url", "key")  # of the command line's client commands
 _FOREIGN = ("bench_", "test_")  # of `detot bench gateway` and of the tests
@@ -102,10 +108,56 @@ class LocalSettings(Group):
     threads: int | None = Field(None, ge=1, le=1_024, description="PyTorch threads; none: all cores")
 
 
+class VllmSettings(Group):
+    """vLLM in the API process."""
+
+    context: int | None = Field(4_096, ge=64, le=1_048_576, description="tokens of prompt plus completion")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="weights; auto: as stored")
+    max_num_seqs: int = Field(128, ge=1, le=4_096, description="samples decoded together")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of GPU memory (CPU: of RAM) to use")
+    kv_cache_gib: float | None = Field(
+        None, gt=0, le=4_096, description="GiB for keys and values, per device; none: what is left of the share"
+    )
+    tensor_parallel_size: int = Field(1, ge=1, le=1_024, description="devices that share each layer")
+    pipeline_parallel_size: int = Field(1, ge=1, le=1_024, description="groups of devices that share out the layers")
+    enforce_eager: bool = Field(False, description="no compilation and no CUDA graphs: quicker start, slower tokens")
+    probe_interval: Seconds = Field(15.0, le=3_600, description="seconds between checks that the model is not poisoned")
+
+
+class UpstreamSettings(Group):
+    """vLLM servers that are run by somebody else: `vllm serve MODEL --enable-prompt-embeds`."""
+
+    urls: str = Field("", description="http://host:port of each server, separated by commas")
+    model: str | None = Field(None, description="name under which they serve the model; none: their own base model")
+    api_key: SecretStr | None = Field(None, description="bearer key (`vllm serve --api-key`)")
+    api_key_file: Path | None = Field(None, description="file that holds the key (a mounted secret)")
+    context: int | None = Field(
+        None, ge=64, le=10_485_760, description="tokens of prompt plus completion; none: theirs"
+    )
+    connect_timeout: Seconds = Field(2.0, le=60, description="seconds to connect")
+    read_timeout: Seconds = Field(120.0, le=3_600, description="seconds between two pieces of an answer")
+    health_interval: Seconds = Field(2.0, le=300, description="seconds between looks at a server")
+    probe_interval: Seconds = Field(30.0, le=3_600, description="seconds between checks that it is not poisoned")
+
+    @field_validator("urls")
+    @classmethod
+    def _addresses(cls, value: str) -> str:
+        for url in filter(None, (part.strip() for part in value.split(","))):
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+                raise ValueError(f"{url!r} is not http://host:port")
+        return value
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The servers, each once, in order."""
+        return tuple(dict.fromkeys(part.strip().rstrip("/") for part in self.urls.split(",") if part.strip()))
+
+
 class ScriptedSettings(Group):
     """The shipped fake, for trying the API and measuring the service itself."""
 
-    text: str = Field("The answer is 42.", description="what every sample says")
+    text: str = Field("The answer is 42.", description="what every sample says; {soft}: digest of the offset")
     latency: float = Field(0.0, ge=0, le=60, description="seconds a sample takes")
 
 
@@ -128,7 +180,7 @@ class Settings(BaseSettings):
     cache_dir: Path = Field(Path("~/.cache/detot"), description="model weights")
     keys_file: Path | None = Field(None, description="API keys, hashed; made by `detot keys add`")
     tasks: ExistingFile | None = Field(None, description="your task catalogue; none: the shipped one")
-    engine: Literal["local", "scripted"] = "local"
+    engine: Literal["local", "vllm", "vllm-server", "scripted"] = "local"
     model: str = Field(DEFAULT_MODEL, description="known model, Hugging Face id or local folder")
     offline: bool = Field(False, description="never ask a model hub")
     control_share: float = Field(0.05, ge=0.0, le=1.0, description="share of requests always at the zero offset")
@@ -137,6 +189,8 @@ class Settings(BaseSettings):
     record: RecordSettings = RecordSettings()  # type: ignore[call-arg]
     limits: LimitSettings = LimitSettings()  # type: ignore[call-arg]
     local: LocalSettings = LocalSettings()  # type: ignore[call-arg]
+    vllm: VllmSettings = VllmSettings()  # type: ignore[call-arg]
+    upstream: UpstreamSettings = UpstreamSettings()  # type: ignore[call-arg]
     scripted: ScriptedSettings = ScriptedSettings()  # type: ignore[call-arg]
 
     def model_post_init(self, _: Any) -> None:
@@ -162,12 +216,21 @@ class Settings(BaseSettings):
     @property
     def redis_password(self) -> str | None:
         """The password, from the setting or from its file."""
-        if self.redis.password_file is not None:
-            try:
-                return self.redis.password_file.read_text().strip()
-            except OSError as e:
-                raise ConfigError(f"DETOT_REDIS__PASSWORD_FILE: {self.redis.password_file}: {e.strerror}") from e
-        return self.redis.password.get_secret_value() if self.redis.password else None
+        return _secret(self.redis.password, self.redis.password_file, "DETOT_REDIS__PASSWORD_FILE")
+
+    @property
+    def upstream_key(self) -> str | None:
+        """The key, from the setting or from its file."""
+        return _secret(self.upstream.api_key, self.upstream.api_key_file, "DETOT_UPSTREAM__API_KEY_FILE")
+
+
+def _secret(value: SecretStr | None, file: Path | None, name: str) -> str | None:
+    if file is None:
+        return value.get_secret_value() if value else None
+    try:
+        return file.read_text().strip()
+    except OSError as e:
+        raise ConfigError(f"{name}: {file}: {e.strerror}") from e
 
 
 def load_settings(**overrides: Any) -> Settings:
@@ -217,7 +280,7 @@ def _variables(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, st
 
 def _explain(err: Any) -> str:
     name = "DETOT_" + "__".join(str(part) for part in err["loc"]).upper()
-    secret = "PASSWORD" in name
+    secret = "PASSWORD" in name or "API_KEY" in name
     return f"{name}={'***' if secret else _written(err['input'])}: {err['msg'].removeprefix('Value error, ')}"
 
 

@@ -54,3 +54,9 @@ def model_folder() -> Path:
 def small_model_folder() -> Path:
     """A 135M model for smoke tests."""
     return resolve("SmolLM2-135M-Instruct", load_settings().cache_dir)
+
+
+@pytest.fixture(scope="session")
+def learner_folder() -> Path:
+    """A model of half a million parameters, checked in, that reasons as its instruction says (tests/learner)."""
+    return Path(__file__).parent / "learner" / "model"

@@ -33,9 +33,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
 IN_CLI_LAYER = ("__main__", "bench", "client", "commands", "processes", "supervise", "work")
 ONLY_IN = {
     "vllm": ("engine/vllm",),
-    "torch": ("engine/local", "refine/gradient.py"),
-    "transformers": ("engine/local", "engine/convert.py", "refine/gradient.py"),
-    "accelerate": ("engine/local", "engine/convert.py", "refine/gradient.py"),
+    "torch": ("engine/local", "engine/vllm_core.py", "refine/gradient"),
+    "transformers": ("engine/local", "engine/convert.py", "refine/gradient"),
+    "accelerate": ("engine/local", "engine/convert.py", "refine/gradient"),
     "gguf": ("engine/convert.py",),
 }
 PURE = {"__future__", "abc", "collections", "dataclasses", "decimal", "enum", "fractions", "functools", "itertools"} | {

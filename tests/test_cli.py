@@ -9,6 +9,7 @@ import sys
 import httpx
 import pytest
 
+from service.core.artifact import decode
 from tests.live import clean_environment
 
 
@@ -41,6 +42,58 @@ def test_an_offset_is_made_put_served_and_rolled_back(live, tmp_path):
     assert served(live.url) == before
     history = json.loads(detot("offsets", "list", "choice", *at).stdout)["history"]
     assert [(d["action"], d["reason"]) for d in history[:2]] == [("rollback", "test"), ("publish", "published by hand")]
+
+
+def test_a_challenger_is_put_promoted_pinned_explained_and_withdrawn(live, tmp_path):
+    file, at = str(tmp_path / "offset.safetensors"), ("--url", live.url)
+    assert detot("offsets", "new", "symbolic", file, "--noise", "0.1", *at).returncode == 0
+    put = last_json(detot("offsets", "put", "symbolic", file, "--as", "challenger", "--share", "0.25", *at))
+    assert (put["version"], put["share"]) == (0, 0.25)
+    assert last_json(detot("offsets", "withdraw", "symbolic", "--reason", "test", *at))["challenger"] is None
+    last_json(detot("offsets", "put", "symbolic", file, "--as", "challenger", *at))
+    version = last_json(detot("offsets", "promote", "symbolic", *at))["version"]
+    assert version > put["challenger"]
+    shown = detot("offsets", "show", "symbolic", str(version), *at)
+    assert shown.returncode == 0, shown.stderr
+    assert "anchor:" in shown.stdout
+    explained = json.loads(detot("offsets", "show", "symbolic", str(version), "--json", *at).stdout)
+    assert explained["version"] == version
+    assert last_json(detot("offsets", "pin", "symbolic", "--version", "0", *at))["pinned"] is True
+    assert last_json(detot("offsets", "unpin", "symbolic", *at))["pinned"] is False
+    wrong = detot("offsets", "put", "symbolic", file, "--as", "king", *at)
+    assert wrong.returncode == 1
+    assert "king" in wrong.stderr
+
+
+def test_a_peft_adapter_goes_out_and_comes_back(live, tmp_path):
+    file, folder, at = str(tmp_path / "offset.safetensors"), tmp_path / "adapter", ("--url", live.url)
+    assert detot("offsets", "new", "symbolic", file, "--noise", "0.1", *at).returncode == 0
+    first = last_json(detot("offsets", "put", "symbolic", file, *at))["version"]
+    last_json(detot("offsets", "export", "symbolic", str(first), str(folder), *at))
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "PROMPT_TUNING"
+    second = last_json(detot("offsets", "import", "symbolic", str(folder), *at))["version"]
+    blobs = [httpx.get(f"{live.url}/v1/tasks/symbolic/offsets/{v}").content for v in (first, second)]
+    one, two = (decode(blob).offset for blob in blobs)
+    assert abs(one - two).max() < 1e-7
+    wrong = detot("offsets", "import", "choice", str(folder), *at)
+    assert wrong.returncode == 1
+    assert f"{len(one)} virtual tokens; the anchor of 'choice' has" in wrong.stderr
+    missing = detot("offsets", "import", "symbolic", str(tmp_path / "nowhere"), *at)
+    assert missing.returncode == 2
+    assert "adapter_config.json" in missing.stderr
+    last_json(detot("offsets", "rollback", "symbolic", "--to", "0", *at))
+
+
+def test_canaries_are_put_shown_and_removed(live, tmp_path):
+    file, at = tmp_path / "canaries.jsonl", ("--url", live.url)
+    file.write_text('{"question": "Is 7 larger than 3?", "answer": "yes"}\n')
+    assert last_json(detot("canaries", "put", "yes_no", str(file), *at))["count"] == 1
+    assert json.loads(detot("canaries", "show", "yes_no", *at).stdout)["canaries"][0]["answer"] == "yes"
+    assert detot("canaries", "remove", "yes_no", *at).returncode == 0
+    file.write_text('{"question": "Is 7 larger than 3?", "answer": "blue"}\n')
+    wrong = detot("canaries", "put", "yes_no", str(file), *at)
+    assert wrong.returncode == 1
+    assert "line 1: field answer: 'blue'" in wrong.stderr
 
 
 def test_a_refusal_is_one_line_with_the_reason(live, tmp_path):

@@ -18,10 +18,18 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service import __version__
-from service.api import native, openai
+from service.api import canaries, native, offsets, openai
 from service.api.auth import Keyring
 from service.api.http import OpenAIError, Problem, install_handlers, json_response, problems
-from service.api.schemas import ChatRequest, ClassifyRequest, FeedbackRequest, FreezeRequest, RollbackRequest
+from service.api.schemas import (
+    ChatRequest,
+    ClassifyRequest,
+    FeedbackRequest,
+    FreezeRequest,
+    PinRequest,
+    ReasonRequest,
+    RollbackRequest,
+)
 from service.errors import ConfigError, DetotError
 from service.metrics import REGISTRY
 from service.settings import Settings
@@ -35,6 +43,8 @@ _SCHEMAS: tuple[type[BaseModel], ...] = (
     ClassifyRequest,
     RollbackRequest,
     FreezeRequest,
+    PinRequest,
+    ReasonRequest,
     OpenAIError,
     Problem,
 )
@@ -60,6 +70,8 @@ def create_app(settings: Settings, keyring: Keyring, runtime: Runtime) -> FastAP
     app.state.settings, app.state.keyring, app.state.runtime = settings, keyring, runtime
     install_handlers(app)
     for router in (openai.router, native.feedback_router, native.call, native.admin):
+        app.include_router(router)
+    for router in (offsets.call, offsets.admin, canaries.admin):
         app.include_router(router)
     _add_operations(app)
     app.openapi = lambda: _describe(app)  # type: ignore[method-assign]

@@ -95,6 +95,10 @@ def to_ask(body: ChatRequest, runtime: Runtime) -> Ask:
         value = getattr(body, field)
         if value is not None and field not in runtime.engine.honours and value not in neutral:
             raise UnsupportedField(f"{field} is not supported by the {runtime.settings.engine} engine", param=field)
+    extra = _extra(body, runtime.engine.honours)
+    forward = bool(extra.get("tools")) or any(m.of_tools for m in body.messages)
+    if forward and "tools" not in runtime.engine.honours:
+        raise UnsupportedField(f"tools are not supported by the {runtime.settings.engine} engine", param="messages")
     options = body.detot or DetotOptions()  # type: ignore[call-arg]
     most = runtime.settings.limits.max_samples
     low, high = _bounds(options.samples)
@@ -109,7 +113,7 @@ def to_ask(body: ChatRequest, runtime: Runtime) -> Ask:
     if not asked or not any(text.strip() for text in asked):
         raise InvalidRequest("messages: there is no user message with text", param="messages")
     return Ask(
-        messages=tuple({"role": m.role, "content": m.text} for m in body.messages),
+        messages=tuple(m.turn() if forward else {"role": m.role, "content": m.text} for m in body.messages),
         text=asked[-1],
         n=body.n or 1,
         task=options.task,
@@ -127,7 +131,16 @@ def to_ask(body: ChatRequest, runtime: Runtime) -> Ask:
         stream=bool(body.stream),
         record=options.record,
         deadline=options.deadline,
+        extra=extra,
+        forward=forward,
     )
+
+
+def _extra(body: ChatRequest, honours: frozenset[str]) -> dict[str, Any]:
+    """The fields that go to the engine as they are. What would change nothing stays behind, except beside tools."""
+    given = {name: value for name in NEUTRAL if name in honours and (value := getattr(body, name)) is not None}
+    tools = ("tool_choice", "parallel_tool_calls") if given.get("tools") else ()
+    return {name: value for name, value in given.items() if name in tools or value not in NEUTRAL[name]}
 
 
 def completion(result: Answer, options: DetotOptions, runtime: Runtime) -> dict[str, Any]:
@@ -136,8 +149,8 @@ def completion(result: Answer, options: DetotOptions, runtime: Runtime) -> dict[
     choices = [
         {
             "index": i,
-            "message": {"role": "assistant", "content": _content(result, sample, options), "refusal": None},
-            "logprobs": None,
+            "message": {"role": "assistant", **_said(result, sample, options), "refusal": None},
+            "logprobs": (sample.raw or {}).get("logprobs"),
             "finish_reason": sample.finish_reason,
         }
         for i, sample in enumerate(sorted(shown, key=lambda s: s.index))
@@ -189,8 +202,11 @@ async def chunks(
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The stream's chunks: the route, progress or text, then the answer and how it came about."""
 
-    def chunk(delta: dict[str, Any], index: int = 0, finish: str | None = None, detot: Any = None) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
+    def chunk(
+        delta: dict[str, Any], index: int = 0, finish: str | None = None, detot: Any = None, of: Sample | None = None
+    ) -> dict[str, Any]:
+        logprobs = ((of and of.raw) or {}).get("logprobs")
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         extra = {"detot": detot} if detot else {}
         return {**head, "choices": [choice], **({"usage": None} if usage else {}), **extra}
 
@@ -210,14 +226,16 @@ async def chunks(
                 case Delta():
                     yield chunk({"content": event.text}, event.index)
                 case Progress(vote=None, sample=sample) if ask.n > 1:
-                    yield chunk({"content": sample.text}, sample.index)
+                    yield chunk({"content": sample.text, **_calls(sample)}, sample.index, of=sample)
                     yield chunk({}, sample.index, finish=sample.finish_reason)
                 case Progress(vote=Vote() as vote, sample=sample):
                     seen = {"event": "sample", "samples": vote.samples, "sample": sample.index, **_votes(vote)}
                     yield chunk({}, detot=seen)
                 case Answer():
                     if event.vote is not None:
-                        yield chunk({"content": _content(event, event.best, options)})
+                        yield chunk({"content": _content(event, event.best, options)}, of=event.best)
+                    elif ask.n == 1 and event.best.raw:
+                        yield chunk(_calls(event.best), of=event.best)
                     final = {"event": "answer", **report(event)}
                     yield chunk({}, 0, event.best.finish_reason if ask.n == 1 else None, detot=final)
                     if usage:
@@ -314,6 +332,20 @@ def _votes(vote: Vote | None) -> dict[str, Any]:
         "unparseable": vote.unparseable,
         "tie": vote.tie,
     }
+
+
+def _calls(sample: Sample) -> dict[str, Any]:
+    """A sample's tool calls as a chunk holds them: each one whole."""
+    calls = (sample.raw or {}).get("tool_calls") or ()
+    return {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]} if calls else {}
+
+
+def _said(result: Answer, sample: Sample, options: DetotOptions) -> dict[str, Any]:
+    """The assistant's words and calls."""
+    calls = (sample.raw or {}).get("tool_calls")
+    if not calls:
+        return {"content": _content(result, sample, options)}
+    return {"content": sample.text or None, "tool_calls": calls}
 
 
 def _content(result: Answer, sample: Sample, options: DetotOptions) -> str:

@@ -19,13 +19,45 @@ class TextPart(Body):
     text: str
 
 
+class FunctionCall(Body):
+    name: str = Field(min_length=1, max_length=256)
+    arguments: str = Field(description="JSON text")
+
+
+class ToolCall(Body):
+    id: str = Field(min_length=1, max_length=256)
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class Message(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1_000)]
+    """A turn. Tool calls and their results are for engines that honour `tools`."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1_000)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_call_id: str | None = Field(None, max_length=256)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("content is missing")
+        return self
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content or ())
+
+    @property
+    def of_tools(self) -> bool:
+        return self.role == "tool" or bool(self.tool_calls)
+
+    def turn(self) -> dict[str, Any]:
+        """As the engine's server takes it: text content, and tool calls as they came."""
+        tools = self.model_dump(include={"tool_calls", "tool_call_id"}, exclude_none=True)
+        return {"role": self.role, "content": self.text if self.content is not None else None, **tools}
 
 
 class SampleBounds(Body):
@@ -53,7 +85,9 @@ class DetotOptions(Body):
     confidence: float | None = Field(
         None, gt=0.5, lt=1, description="stop drawing once the leader leads with this probability"
     )
-    arm: Literal["control", "champion"] | None = Field(None, description="default: by hash of the request")
+    arm: Literal["control", "champion", "challenger"] | None = Field(
+        None, description="default: by hash of the request; without a challenger, champion serves"
+    )
     content: Literal["full", "answer"] = Field(
         "full", description="message content: the best sample's whole text, or the voted answer alone"
     )
@@ -183,4 +217,13 @@ class RollbackRequest(Body):
 
 class FreezeRequest(Body):
     frozen: bool = True
+    reason: str = Field("", max_length=500)
+
+
+class ReasonRequest(Body):
+    reason: str = Field("", max_length=500, description="for the record")
+
+
+class PinRequest(Body):
+    version: int | None = Field(None, ge=0, lt=2**53, description="version to hold; default: the champion")
     reason: str = Field("", max_length=500)

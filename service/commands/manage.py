@@ -1,11 +1,10 @@
-"""Subcommands that manage models, tasks, offsets and keys."""
+"""Subcommands that manage models, tasks and keys."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich.table import Table
 
@@ -15,7 +14,6 @@ from service.settings import DEFAULT_MODEL, load_settings
 
 models_app = typer.Typer(help="Model weights: known models, fetching, where they lie.", no_args_is_help=True)
 tasks_app = typer.Typer(help="Tasks of a running service, and checking a catalogue file.", no_args_is_help=True)
-offsets_app = typer.Typer(help="Published offsets of a running service.", no_args_is_help=True)
 keys_app = typer.Typer(help="API keys (kept hashed in a file).", no_args_is_help=True)
 
 KeysFile = Annotated[Path | None, typer.Option("--file", help="keys file; default: DETOT_KEYS_FILE")]
@@ -104,99 +102,6 @@ def tasks_add(
 def tasks_remove(task: TaskName, url: Url = None, key: KeyOption = None) -> None:
     """Remove a run-time task."""
     client(url, key).json("DELETE", f"/v1/tasks/{task}")
-
-
-# --- offsets --------------------------------------------------------------------------------------------------------
-
-
-@offsets_app.command("list")
-def offsets_list(task: TaskName, url: Url = None, key: KeyOption = None) -> None:
-    """The champion and every decision about it, newest first."""
-    out.print_json(data=client(url, key).json("GET", f"/v1/tasks/{task}/offsets"))
-
-
-@offsets_app.command("get")
-def offsets_get(
-    task: TaskName,
-    file: Annotated[Path, typer.Argument(help="where to write the artifact")],
-    version: Annotated[int, typer.Option(help="version; 0 is the zero offset")] = 0,
-    url: Url = None,
-    key: KeyOption = None,
-) -> None:
-    """Download the artifact of a version."""
-    file.write_bytes(client(url, key).data(f"/v1/tasks/{task}/offsets/{version}"))
-
-
-@offsets_app.command("new")
-def offsets_new(
-    task: TaskName,
-    file: Annotated[Path, typer.Argument(help="where to write the artifact")],
-    noise: Annotated[
-        float, typer.Option(min=0, max=4, help="Gaussian noise, in units of the anchor embeddings' RMS")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    url: Url = None,
-    key: KeyOption = None,
-) -> None:
-    """Make an artifact for the served model: the zero offset, or noise to see an offset act."""
-    from dataclasses import replace
-
-    from service.core.artifact import decode, encode
-
-    zero = decode(client(url, key).data(f"/v1/tasks/{task}/offsets/0"))
-    scale = noise * float(np.sqrt(np.mean(np.square(zero.anchor))))
-    offset = np.random.default_rng(seed).normal(0.0, 1.0, zero.offset.shape).astype(np.float32) * np.float32(scale)
-    settings = {"noise": noise, "seed": seed}
-    file.write_bytes(encode(replace(zero, offset=offset, refiner="by hand", settings=settings)))
-
-
-@offsets_app.command("put")
-def offsets_put(
-    task: TaskName,
-    file: Annotated[Path, typer.Argument(help="artifact (safetensors)")],
-    url: Url = None,
-    key: KeyOption = None,
-) -> None:
-    """Publish an artifact as the task's champion; it is checked first, and refused with the reason."""
-    try:
-        blob = file.read_bytes()
-    except OSError as e:
-        raise InvalidRequest(f"{file}: {e.strerror}") from e
-    headers = {"Content-Type": "application/octet-stream"}
-    figures(client(url, key).json("POST", f"/v1/tasks/{task}/offsets", content=blob, headers=headers))
-
-
-@offsets_app.command("rollback")
-def offsets_rollback(
-    task: TaskName,
-    to: Annotated[int | None, typer.Option(help="version to go back to; default: undo the last publish")] = None,
-    reason: Annotated[str, typer.Option()] = "",
-    url: Url = None,
-    key: KeyOption = None,
-) -> None:
-    """Point back at an earlier version."""
-    figures(client(url, key).json("POST", f"/v1/tasks/{task}/offsets/rollback", json={"to": to, "reason": reason}))
-
-
-@offsets_app.command("freeze")
-def offsets_freeze(
-    task: TaskName, reason: Annotated[str, typer.Option()] = "", url: Url = None, key: KeyOption = None
-) -> None:
-    """Stop refinement of a task."""
-    _freeze(task, True, reason, url, key)
-
-
-@offsets_app.command("unfreeze")
-def offsets_unfreeze(
-    task: TaskName, reason: Annotated[str, typer.Option()] = "", url: Url = None, key: KeyOption = None
-) -> None:
-    """Let refinement of a task go on."""
-    _freeze(task, False, reason, url, key)
-
-
-def _freeze(task: str, frozen: bool, reason: str, url: str | None, key: str | None) -> None:
-    body = {"frozen": frozen, "reason": reason}
-    figures(client(url, key).json("POST", f"/v1/tasks/{task}/offsets/freeze", json=body))
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -43,6 +43,10 @@ class ChatFormat(Protocol):
         """Token ids of rendered text; control tokens are recognised, masked text is not one."""
         ...
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids. Raises UnicodeDecodeError where they are no whole characters and the tokenizer minds."""
+        ...
+
 
 def anchor_ids(chat: ChatFormat, anchor: str) -> tuple[int, ...]:
     """Token ids of the anchor on its own: the `k` rows that an offset is added to."""
@@ -71,7 +75,7 @@ def compose(
     if not anchor:
         if soft is not None:
             raise InvalidArtifact("a soft prompt needs an anchor to stand for")
-        return Prompt(tuple(chat.encode(chat.render(turns))))
+        return Prompt(tuple(chat.encode(chat.render(turns))), turns=tuple(turns))
     head, found, tail = chat.render(_placed(turns, chat.mark)).partition(chat.mark)
     if not found or chat.mark in tail:
         raise ModelError("the model's chat template does not render a system message exactly once")
@@ -80,7 +84,28 @@ def compose(
         raise InvalidArtifact(f"the soft prompt has {len(soft)} rows; its anchor has {len(ids)} tokens")
     before = _before(chat, head, anchor, ids)
     start = len(before)
-    return Prompt((*before, *ids, *chat.encode(tail)), (start, start + len(ids)), soft)
+    span = (start, start + len(ids))
+    return Prompt((*before, *ids, *chat.encode(tail)), span, soft, turns=tuple(_placed(turns, "")))
+
+
+def forwarded(chat: ChatFormat, turns: Sequence[Mapping[str, Any]]) -> Prompt:
+    """A conversation that the engine's server renders, with what this service's templates do not know: tools.
+
+    Its token ids are those of the bare texts: good for a first check of the length, and nothing else.
+
+    Raises:
+        InvalidRequest: a text that holds one of the model's control tokens, which the server would not take for text.
+    """
+    ids: list[int] = []
+    for i, turn in enumerate(turns):
+        text = turn.get("content") or ""
+        if chat.mask(text) != text:
+            raise InvalidRequest(
+                "content holds a control token of the model, which cannot be passed on together with tools",
+                param=f"messages[{i}].content",
+            )
+        ids += chat.encode(text)
+    return Prompt(tuple(ids), turns=tuple(turns))
 
 
 def _before(chat: ChatFormat, head: str, anchor: str, ids: tuple[int, ...]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -37,11 +38,14 @@ class Prompt:
         span: `[start, stop)` of the anchor's tokens in `token_ids`; empty span when there is no anchor.
         soft: soft prompt, float32 `(stop - start, d)`, standing where the anchor's tokens stand; None for the
             zero offset, so that zero is exactly the plain prompt.
+        turns: the conversation, for engines behind a server that renders it itself: the last of its opening system
+            messages ends where the anchor begins. Empty where only token ids are known.
     """
 
     token_ids: tuple[int, ...]
     span: tuple[int, int] = (0, 0)
     soft: np.ndarray | None = field(default=None, compare=False)
+    turns: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class Sampling:
         stop: strings that end a completion (not included in its text).
         seed: sample `i` is drawn with `sample_seed(seed, i)`.
         stream: the engine yields a Delta for every piece of text as well (only with one sample).
+        extra: OpenAI request fields beyond these that the engine honours, as the caller wrote them (never mutated).
     """
 
     min_samples: int = 3
@@ -70,6 +75,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int = 0
     stream: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def but(self, **changes: Any) -> Sampling:
         """A copy with some fields changed."""
@@ -92,9 +98,11 @@ class Sample:
         index: 0-based number of the sample within its request.
         token_ids: generated ids, end-of-sequence token excluded.
         text: decoded text, special tokens removed.
-        finish_reason: "stop" or "length".
+        finish_reason: "stop" or "length"; "tool_calls" where the plan's extra fields hold tools.
         mean_logprob: mean log-probability, in nats per token, of the generated tokens under the model's
             untempered distribution; 0.0 for an empty completion.
+        raw: what the plan's extra fields asked for beyond text, in OpenAI's words (`tool_calls`, `logprobs`,
+            `prompt_tokens`); None without such fields.
     """
 
     index: int
@@ -102,6 +110,7 @@ class Sample:
     text: str
     finish_reason: str
     mean_logprob: float
+    raw: Mapping[str, Any] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,15 +248,24 @@ class Feedback:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A task's pointer: which version is the champion. Version 0 is the zero offset and needs no artifact.
+    """A task's pointer: which versions are served. Version 0 is the zero offset and needs no artifact.
 
     Attributes:
         version: the champion's version.
-        epoch: counts pointer changes; grows by one with every publish, rollback or freeze.
+        epoch: counts changes of the head; every step that changes anything makes it grow by one.
         frozen: refinement is stopped (by an operator or a guard), with `reason`.
+        challenger: the version on trial, 0 for none.
+        share: the challenger's share of the requests that are not on the control arm, in [0, 1).
+        pinned: an operator holds the champion where it is; nothing automatic moves it.
     """
 
     version: int = 0
     epoch: int = 0
     frozen: bool = False
     reason: str = ""
+    challenger: int = 0
+    share: float = 0.0
+    pinned: bool = False
+
+
+ROLLOUT = (0.05, 0.25, 1.0)  # a challenger's shares, one after the other; the last one is the promotion

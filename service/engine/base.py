@@ -13,6 +13,9 @@ import numpy as np
 from service.core.types import Delta, ModelInfo, Prompt, Sample, Sampling
 from service.errors import InvalidRequest, PromptTooLong
 
+# Request fields that never go together with a soft prompt: they crash vLLM (vllm-project/vllm#57719).
+PLAIN_ONLY = frozenset({"frequency_penalty", "presence_penalty", "repetition_penalty"})
+
 
 class Priority(IntEnum):
     """Smaller runs first."""

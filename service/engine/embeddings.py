@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,11 @@ class EmbeddingTable:
         if wrong is not None:
             raise ModelError(f"token id {wrong} is outside the embedding table of {self.vocab_size} rows")
         return self._read(np.asarray(ids, dtype=np.int64))
+
+    def chunks(self, size: int = 4_096) -> Iterator[np.ndarray]:
+        """The whole table in order, float32 `(size, d)` at a time, the last one what is left."""
+        for start in range(0, self.vocab_size, size):
+            yield self._read(np.arange(start, min(start + size, self.vocab_size)))
 
     def _read(self, ids: np.ndarray) -> np.ndarray:
         rows = self._values[ids]

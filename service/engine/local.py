@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
-import json
-import struct
 import time
 from collections.abc import AsyncGenerator
 from functools import partial
@@ -22,6 +19,7 @@ from service.engine.base import Priority, Stats, check_plan, check_prompt
 from service.engine.local_loop import Call, Item, Loop
 from service.engine.local_model import LanguageModel, RowCache
 from service.engine.text import eos_ids, tokenizer_hash
+from service.engine.weights import revision
 from service.errors import ConfigError, DeadlineExceeded, DetotError, EngineUnavailable, InvalidRequest, ModelError
 
 
@@ -125,19 +123,6 @@ class LocalEngine:
     async def aclose(self) -> None:
         """End after the running step; calls still waiting get EngineUnavailable."""
         await asyncio.to_thread(self._loop.close)
-
-
-def revision(folder: Path) -> str:
-    """The manifest's `revision`, else sha256 of the safetensors headers and sizes: cheap, and stable for a content."""
-    manifest = folder / "detot.json"
-    if manifest.is_file() and (recorded := json.loads(manifest.read_bytes()).get("revision")):
-        return str(recorded)
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            digest.update(struct.pack("<Q", file.stat().st_size) + handle.read(length))
-    return digest.hexdigest()
 
 
 def _load(folder: Path, *, device: str, quantize: bool, threads: int | None) -> LanguageModel:

@@ -134,6 +134,10 @@ class ScriptedEngine:
         """Embeddings of token ids, float32 `(len(ids), 16)`."""
         return _TABLE[np.asarray(ids, dtype=np.int64)]
 
+    def chunks(self, size: int = 4_096) -> Iterator[np.ndarray]:
+        """The whole table in order, float32 `(size, 16)` at a time."""
+        return (_TABLE[start : start + size] for start in range(0, len(_TABLE), size))
+
     async def generate(
         self, prompt: Prompt, plan: Sampling, *, priority: Priority = Priority.LIVE, deadline: float | None = None
     ) -> AsyncGenerator[Sample | Delta, None]:

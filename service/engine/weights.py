@@ -7,9 +7,11 @@ so that a folder with a manifest is a whole model; sizes are checked on each use
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import re
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,6 +172,19 @@ def cached(name: str, cache_dir: Path) -> Path | None:
     known = find(name)
     folder = cache_dir / "models" / _key(known.name if known else name)
     return folder if damage(folder) is None else None
+
+
+def revision(folder: Path) -> str:
+    """The manifest's `revision`, else sha256 of the safetensors headers and sizes: cheap, and stable for a content."""
+    manifest = folder / MANIFEST
+    if manifest.is_file() and (recorded := json.loads(manifest.read_bytes()).get("revision")):
+        return str(recorded)
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            digest.update(struct.pack("<Q", file.stat().st_size) + handle.read(length))
+    return digest.hexdigest()
 
 
 def damage(folder: Path, *, full: bool = False) -> str | None:

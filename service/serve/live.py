@@ -19,7 +19,7 @@ import numpy as np
 from service.core.artifact import Artifact, check, decode, soft_prompt
 from service.core.types import Head, ModelInfo
 from service.errors import DetotError, InvalidArtifact, InvalidCatalogue, StoreUnavailable
-from service.metrics import REFUSED, STORE_ERRORS, VERSION
+from service.metrics import CHALLENGER, REFUSED, SHARE, STORE_ERRORS, VERSION
 from service.store.client import Store
 from service.tasks.catalogue import Catalogue, Task, parse_task
 from service.tasks.classify import Classifier
@@ -28,8 +28,11 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Champion:
-    """A verified offset version, ready to serve. `soft` is float32 `(k, d)`, None where the offset is zero."""
+class Ready:
+    """A verified offset version, ready to serve as champion or challenger.
+
+    `soft` is float32 `(k, d)`, None where the offset is zero.
+    """
 
     version: int
     anchor_text: str
@@ -38,14 +41,22 @@ class Champion:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a request needs to know, all of one moment. A task without a champion is served at the zero offset."""
+    """What a request needs to know, all of one moment.
+
+    Attributes:
+        champions: by task; one without a champion is served at the zero offset.
+        challengers: by task, those that may be served.
+        refused: by task, why its published champion, or else its challenger, is not served.
+        revision: of the run-time tasks that `catalogue` contains.
+    """
 
     catalogue: Catalogue
     classifier: Classifier
-    champions: Mapping[str, Champion] = field(default_factory=dict)
+    champions: Mapping[str, Ready] = field(default_factory=dict)
+    challengers: Mapping[str, Ready] = field(default_factory=dict)
     heads: Mapping[str, Head] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
-    revision: int = 0  # of the run-time tasks that `catalogue` contains
+    revision: int = 0
 
 
 class Live:
@@ -76,7 +87,7 @@ class Live:
         self._refreshing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self._refreshed = time.monotonic()
-        self._known: dict[tuple[str, int], Champion | str] = {}  # verified champions, or the reason of refusal
+        self._known: dict[tuple[str, int], Ready | str] = {}  # verified versions, or the reason of refusal
         self.snapshot = Snapshot(base, Classifier.build(base))
 
     @property
@@ -106,19 +117,29 @@ class Live:
         async with self._refreshing:
             snapshot = await self._catalogue(self.snapshot)
             heads = await self._store.offsets.heads(list(snapshot.catalogue.tasks))
-            champions, refused = {}, {}
+            champions, challengers, refused = {}, {}, {}
             for task, head in heads.items():
-                found = await self._champion(task, head)
-                if isinstance(found, Champion):
+                trial = await self._look(task, head.challenger)
+                if isinstance(trial, Ready):
+                    challengers[task] = trial
+                elif trial:
+                    refused[task] = f"challenger {head.challenger}: {trial}"
+                found = await self._look(task, head.version)
+                if isinstance(found, Ready):
                     champions[task] = found
                 elif found:
                     refused[task] = found
                     if task in self.snapshot.champions:
                         champions[task] = self.snapshot.champions[task]
-            self._known = {k: v for k, v in self._known.items() if k[0] in heads and k[1] == heads[k[0]].version}
-            for task in heads:
+            current = {(task, v) for task, head in heads.items() for v in (head.version, head.challenger)}
+            self._known = {k: v for k, v in self._known.items() if k in current}
+            for task, head in heads.items():
                 VERSION.labels(task).set(champions[task].version if task in champions else 0)
-            self.snapshot = replace(snapshot, champions=champions, heads=heads, refused=refused)
+                CHALLENGER.labels(task).set(challengers[task].version if task in challengers else 0)
+                SHARE.labels(task).set(head.share if task in challengers else 0)
+            self.snapshot = replace(
+                snapshot, champions=champions, challengers=challengers, heads=heads, refused=refused
+            )
             self._refreshed = time.monotonic()
 
     def verify(self, artifact: Artifact) -> None:
@@ -139,20 +160,20 @@ class Live:
             raise InvalidArtifact(f"anchor ids are not in the model's vocabulary: {e}") from e
         check(artifact, self._model, rows)
 
-    async def _champion(self, task: str, head: Head) -> Champion | str | None:
-        """The verified champion, the reason why it is refused, or None for the zero offset."""
-        if head.version == 0:
+    async def _look(self, task: str, version: int) -> Ready | str | None:
+        """The verified version, the reason why it is refused, or None for version 0."""
+        if version == 0:
             return None
-        if (task, head.version) not in self._known:
-            self._known[task, head.version] = found = await self._load(task, head.version)
+        if (task, version) not in self._known:
+            self._known[task, version] = found = await self._load(task, version)
             if isinstance(found, str):
                 REFUSED.inc()
-                log.error("refused offset of task %s, version %d: %s", task, head.version, found)
+                log.error("refused offset of task %s, version %d: %s", task, version, found)
             else:
-                log.info("task %s now serves offset version %d", task, head.version)
-        return self._known[task, head.version]
+                log.info("task %s: offset version %d is verified", task, version)
+        return self._known[task, version]
 
-    async def _load(self, task: str, version: int) -> Champion | str:
+    async def _load(self, task: str, version: int) -> Ready | str:
         try:
             artifact = decode(await self._store.offsets.get(task, version))
             if (artifact.task, artifact.version) != (task, version):
@@ -162,7 +183,7 @@ class Live:
             raise
         except DetotError as e:
             return e.message
-        return Champion(version, artifact.anchor_text, soft_prompt(artifact))
+        return Ready(version, artifact.anchor_text, soft_prompt(artifact))
 
     async def _catalogue(self, old: Snapshot) -> Snapshot:
         """The snapshot with the run-time tasks of this moment; the classifier is built anew when they changed."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from service import metrics
 from service.core.answers import extract
-from service.core.prompt import ChatFormat, compose
+from service.core.prompt import ChatFormat, compose, forwarded
 from service.core.types import Ballot, Delta, DrawnSample, Outcome, Prompt, Sample, Vote
 from service.core.vote import decided, tally
 from service.engine.base import Engine
@@ -138,11 +138,13 @@ async def answer(server: Server, ask: Ask) -> AsyncGenerator[Event, None]:
 
         vote = tally(ballots) if chosen.voted else None
         watch.lap("vote")
-        recorded = ask.record and server.record(_outcome(server, ask, chosen, vote, samples, ballots, prompt, watch))
+        recorded = ask.recordable and server.record(
+            _outcome(server, ask, chosen, vote, samples, ballots, prompt, watch)
+        )
         watch.lap("record")
         timings = {**watch.stages, "total": watch.last - watch.started}
         result = Answer(
-            chosen, vote, tuple(samples), _best(vote, samples), len(prompt.token_ids), stopped, timings, recorded
+            chosen, vote, tuple(samples), _best(vote, samples), _read(prompt, samples), stopped, timings, recorded
         )
         _count(result)
         yield result
@@ -159,6 +161,8 @@ async def _look(snapshot: Snapshot, ask: Ask) -> tuple[Signals, Classification |
 
 
 async def _compose(chat: ChatFormat, ask: Ask, chosen: Route) -> Prompt:
+    if ask.forward:
+        return forwarded(chat, ask.messages)
     if sum(len(m["content"]) for m in ask.messages) > _LONG_TEXT:
         return await asyncio.to_thread(compose, chat, ask.messages, chosen.anchor_text, chosen.soft)
     return compose(chat, ask.messages, chosen.anchor_text, chosen.soft)
@@ -196,6 +200,11 @@ async def _ballot(symbolic: SymbolicPool, chosen: Route, ask: Ask, sample: Sampl
     if reading.symbolic is not None:
         key = await symbolic.canonical(reading.symbolic) or key
     return Ballot(sample.index, key, reading.answer, sample.mean_logprob)
+
+
+def _read(prompt: Prompt, samples: list[Sample]) -> int:
+    """Prompt tokens: as counted by a server that rendered the conversation, else ours."""
+    return (samples[0].raw or {}).get("prompt_tokens") or len(prompt.token_ids)
 
 
 def _best(vote: Vote | None, samples: list[Sample]) -> Sample:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from service.core.types import AnswerType, Arm, Sampling
+from service.engine.base import PLAIN_ONLY
 from service.errors import UnknownTask
 from service.serve.live import Snapshot
 from service.tasks.catalogue import Task
@@ -22,9 +25,12 @@ class Ask:
 
     `n` > 1 asks for that many raw samples and no vote; `temperature` and `top_p` then, and for free text, are the
     request's own, while a vote's stand in `vote_temperature` and `vote_top_p`.
+
+    `extra` are OpenAI fields that the engine passes on. With `forward` the conversation is for the engine's server to
+    render (tools): no anchor, no offset, no vote.
     """
 
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     text: str
     n: int = 1
     task: str | None = None
@@ -42,6 +48,18 @@ class Ask:
     stream: bool = False
     record: bool = True
     deadline: float | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    forward: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """It must be served at the zero offset."""
+        return self.forward or bool(self.extra.keys() & PLAIN_ONLY)
+
+    @property
+    def recordable(self) -> bool:
+        """Its samples are draws of a plan; other ways of drawing would mislead a refiner."""
+        return self.record and not self.forward and not self.extra.keys() - {"logprobs", "top_logprobs"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +81,9 @@ class Route:
 def route(snapshot: Snapshot, ask: Ask, seen: Signals, found: Classification | None, control_share: float) -> Route:
     """Pin task, arm, version, anchor and plan.
 
-    A champion brings the anchor it was learned on; without one, or on the control arm, the task's metadata choose the
-    anchor variant: its embeddings are the task's initial ones.
+    Champion and challenger bring the anchor they were learned on; without one, or on the control arm, the task's
+    metadata choose the anchor variant: its embeddings are the task's initial ones. Who asks for a challenger where
+    there is none gets the champion arm.
 
     Raises:
         UnknownTask: the named task is not in the catalogue.
@@ -76,9 +95,13 @@ def route(snapshot: Snapshot, ask: Ask, seen: Signals, found: Classification | N
         raise UnknownTask(f"there is no task {name!r}; known tasks: {known}", param="detot.task")
     initial = task.plan(seen)
     free = task.answer.type is AnswerType.FREE
-    voted = not free and ask.n == 1
-    champion = snapshot.champions.get(name)
-    arm = ask.arm or assign_arm(name, ask.text, control_share)
+    voted = not free and ask.n == 1 and not ask.forward
+    champion, challenger = (None, None) if free else (snapshot.champions.get(name), snapshot.challengers.get(name))
+    share = snapshot.heads[name].share if challenger else 0.0
+    arm = Arm.CONTROL if ask.plain else ask.arm or assign_arm(name, ask.text, control_share, share)
+    if arm is Arm.CHALLENGER and challenger is None:
+        arm = Arm.CHAMPION
+    served = {Arm.CHAMPION: champion, Arm.CHALLENGER: challenger}.get(arm)
     fixed = Route(
         id=f"chatcmpl-{name}-{uuid.uuid4().hex}",
         task=task,
@@ -86,23 +109,29 @@ def route(snapshot: Snapshot, ask: Ask, seen: Signals, found: Classification | N
         arm=arm,
         version=0,
         anchor=initial.anchor,
-        anchor_text=initial.anchor_text or None,
+        anchor_text=None if ask.forward else initial.anchor_text or None,
         plan=_plan(initial.sampling, ask, voted),
         voted=voted,
     )
-    if champion is None or arm is Arm.CONTROL or free:
+    if served is None:
         return fixed
-    return replace(
-        fixed, version=champion.version, anchor="champion", anchor_text=champion.anchor_text, soft=champion.soft
-    )
+    return replace(fixed, version=served.version, anchor=str(arm), anchor_text=served.anchor_text, soft=served.soft)
 
 
-def assign_arm(task: str, text: str, control_share: float) -> Arm:
-    """Control for a fixed share of requests, decided by a hash of task and text: the same request, the same arm."""
-    if control_share <= 0:
+def assign_arm(task: str, text: str, control_share: float, challenger_share: float = 0.0) -> Arm:
+    """The arm by a hash of task and text: the same request, the same arm.
+
+    The hash is a number in [0, 1): the lowest `control_share` is control, of the rest the lowest `challenger_share` is
+    challenger. So control stays what it was whatever is on trial, and a larger share only moves requests from champion
+    to challenger.
+    """
+    if control_share <= 0 and challenger_share <= 0:
         return Arm.CHAMPION
     digest = hashlib.blake2b(f"{task}\0{text}".encode(errors="surrogatepass"), digest_size=8).digest()
-    return Arm.CONTROL if int.from_bytes(digest) < control_share * 2**64 else Arm.CHAMPION
+    place = int.from_bytes(digest) / 2**64
+    if place < control_share:
+        return Arm.CONTROL
+    return Arm.CHALLENGER if place < control_share + (1 - control_share) * challenger_share else Arm.CHAMPION
 
 
 def task_of(request_id: str) -> str | None:
@@ -116,7 +145,7 @@ def _plan(initial: Sampling, ask: Ask, voted: bool) -> Sampling:
     """The task's plan with the request's wishes on top."""
     seed = ask.seed if ask.seed is not None else uuid.uuid4().int >> 65
     most = min(initial.max_tokens, ask.max_tokens) if voted and ask.max_tokens else ask.max_tokens
-    plan = initial.but(seed=seed, stop=ask.stop, max_tokens=most or initial.max_tokens)
+    plan = initial.but(seed=seed, stop=ask.stop, max_tokens=most or initial.max_tokens, extra=ask.extra)
     if not voted:
         return plan.but(
             min_samples=ask.n,

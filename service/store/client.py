@@ -14,16 +14,18 @@ from redis.backoff import ConstantBackoff
 from redis.exceptions import ConnectionError, TimeoutError
 
 from service.errors import ConfigError
+from service.store.canaries import CanaryStore
 from service.store.functions import redis_errors
 from service.store.lease import Leases
 from service.store.monitors import MonitorStore
 from service.store.offsets import OffsetStore
 from service.store.outcomes import OutcomeStore
+from service.store.rounds import RoundStore
 from service.store.tasks import TaskStore
 
 
 class Store:
-    """Outcomes, offsets, run-time tasks, leases and monitors in one Redis.
+    """Outcomes, offsets, run-time tasks, leases, rounds, canaries and monitors in one Redis.
 
     Two clients: `request` gives up after about 0.2 s and one quick retry, for what a caller waits for; `background`
     has 5 s and no retry, for bulk work whose loops retry by themselves. Nothing blocks on the server, so a silent
@@ -48,6 +50,8 @@ class Store:
         self.offsets = OffsetStore(self._background)
         self.tasks = TaskStore(self._background)
         self.lease = Leases(self._background)
+        self.rounds = RoundStore(self._background)
+        self.canaries = CanaryStore(self._background)
         self.monitors = MonitorStore(self._background)
 
     async def ping(self) -> None:

@@ -74,93 +74,187 @@ local function trim(keys, args)
   return removed
 end
 
+local HEAD = {'version', 'epoch', 'frozen', 'reason', 'challenger', 'share', 'pinned', 'last'}
+
 local function read_head(key)
-  local h = redis.call('HMGET', key, 'version', 'epoch', 'frozen', 'reason', 'last')
+  local h = redis.call('HMGET', key, unpack(HEAD))
   return {
     version = tonumber(h[1] or 0), epoch = tonumber(h[2] or 0), frozen = h[3] or '0', reason = h[4] or '',
-    last = tonumber(h[5] or 0)
+    challenger = tonumber(h[5] or 0), share = h[6] or '0', pinned = h[7] or '0', last = tonumber(h[8] or 0)
   }
 end
 
--- Writes the pointer, the decision record and the notice. d: channel, task, action, parent, actor, reason, keep.
-local function decide(keys, h, d)
-  h.epoch = h.epoch + 1
-  redis.call('HSET', keys[1], 'version', h.version, 'epoch', h.epoch, 'frozen', h.frozen, 'reason', h.reason,
-    'last', h.last)
-  redis.call('XADD', keys[2], 'MAXLEN', '~', d.keep, '*', 'action', d.action, 'version', h.version,
-    'parent', d.parent, 'epoch', h.epoch, 'actor', d.actor, 'reason', d.reason)
-  redis.call('PUBLISH', d.channel, cjson.encode({
-    kind = 'offset', task = d.task, action = d.action, version = h.version, epoch = h.epoch
-  }))
-  return {h.version, h.epoch, h.frozen, h.reason}
+local function as_reply(h)
+  return {h.version, h.epoch, h.frozen, h.reason, h.challenger, h.share, h.pinned}
 end
 
-local function moved(h, version, epoch)
+local function conflict(text, ...)
+  return redis.error_reply('CONFLICT ' .. string.format(text, ...))
+end
+
+-- Every decision has the same keys: head, decisions, offsets, lease, round; and the same first arguments: channel,
+-- task, keep, actor, reason, evidence, expected version, expected epoch, lease token, cursor, gate state ('' is none).
+-- What is particular to one follows from the twelfth argument on.
+
+-- The head, or why the step is refused. `stops`: by what an automatic step, one with a token, is refused.
+local function begin(keys, args, stops)
+  local h, version, epoch, token = read_head(keys[1]), args[7], args[8], args[9]
   if (version ~= '' and h.version ~= tonumber(version)) or (epoch ~= '' and h.epoch ~= tonumber(epoch)) then
-    return redis.error_reply(string.format(
-      'CONFLICT the champion is version %d at epoch %d, expected version %s at epoch %s',
-      h.version, h.epoch, version ~= '' and version or 'any', epoch ~= '' and epoch or 'any'))
+    return nil, conflict('the champion is version %d at epoch %d, expected version %s at epoch %s', h.version, h.epoch,
+      version ~= '' and version or 'any', epoch ~= '' and epoch or 'any')
   end
-end
-
--- keys: head, decisions, offsets, lease; args: channel, task, keep, actor, reason, expected version, expected epoch,
--- lease token or '', version, artifact.
-local function publish(keys, args)
-  local h, token, version = read_head(keys[1]), args[8], tonumber(args[9])
-  local conflict = moved(h, args[6], args[7])
-  if conflict then return conflict end
   if token ~= '' then
     if redis.call('GET', keys[4]) ~= token then
-      return redis.error_reply('CONFLICT the lease with token ' .. token .. ' was lost')
+      return nil, conflict('the lease with token %s was lost', token)
     end
-    if h.frozen == '1' then
-      return redis.error_reply('CONFLICT the task is frozen: ' .. h.reason)
+    if h.frozen == '1' and stops.frozen then
+      return nil, conflict('the task is frozen: %s', h.reason)
+    end
+    if h.pinned == '1' and stops.pinned then
+      return nil, conflict('the task is pinned to version %d', h.version)
     end
   end
-  if version ~= h.last + 1 or redis.call('HSETNX', keys[3], version, args[10]) == 0 then
-    return redis.error_reply(string.format('CONFLICT the next version is %d, not %d', h.last + 1, version))
+  return h
+end
+
+-- Writes the pointer, the decision record, the round's state and the notice. `parent`: the champion before the step;
+-- `challenger`: the one that the step was about or put an end to.
+local function decide(keys, args, h, action, parent, challenger)
+  h.epoch = h.epoch + 1
+  local values = {}
+  for _, name in ipairs(HEAD) do
+    values[#values + 1] = name
+    values[#values + 1] = h[name]
+  end
+  redis.call('HSET', keys[1], unpack(values))
+  redis.call('XADD', keys[2], 'MAXLEN', '~', args[3], '*', 'action', action, 'version', h.version, 'parent', parent,
+    'epoch', h.epoch, 'challenger', challenger, 'share', h.share, 'actor', args[4], 'reason', args[5],
+    'evidence', args[6])
+  if args[9] ~= '' and args[10] ~= '' then
+    redis.call('HSET', keys[5], 'cursor', args[10], 'gate', args[11])
+  end
+  redis.call('PUBLISH', args[1], cjson.encode({
+    kind = 'offset', task = args[2], action = action, version = h.version, epoch = h.epoch, challenger = h.challenger,
+    share = tonumber(h.share)
+  }))
+  return as_reply(h)
+end
+
+-- Makes `version` the champion. A running challenger was measured against another one, so it ends.
+local function crown(keys, args, h, action, version)
+  local parent, challenger = h.version, h.challenger
+  h.version, h.challenger, h.share = version, 0, '0'
+  return decide(keys, args, h, action, parent, challenger)
+end
+
+-- Keeps an artifact as the next version, a child of the champion; nothing, or why it is refused.
+local function keep(keys, h, version, artifact)
+  if version ~= h.last + 1 or redis.call('HSETNX', keys[3], version, artifact) == 0 then
+    return conflict('the next version is %d, not %d', h.last + 1, version)
   end
   redis.call('HSET', keys[1], 'parent:' .. version, h.version)
-  local parent = h.version
-  h.version, h.last = version, version
-  return decide(keys, h, {
-    channel = args[1], task = args[2], keep = args[3], action = 'publish', parent = parent, actor = args[4],
-    reason = args[5]
-  })
+  h.last = version
 end
 
--- keys: head, decisions, offsets; args: channel, task, keep, actor, reason, expected version, expected epoch,
--- version to return to or '' for the champion's parent.
+local function missing(keys, version)
+  if version ~= 0 and redis.call('HEXISTS', keys[3], version) == 0 then
+    return redis.error_reply(string.format('NOTFOUND version %d does not exist', version))
+  end
+end
+
+local BOTH, PINNED, NONE = {frozen = true, pinned = true}, {pinned = true}, {}
+
+-- version, artifact: the new champion.
+local function publish(keys, args)
+  local h, refused = begin(keys, args, BOTH)
+  refused = refused or keep(keys, h, tonumber(args[12]), args[13])
+  return refused or crown(keys, args, h, 'publish', h.last)
+end
+
+-- version, artifact, share: the new challenger; the champion stays.
+local function propose(keys, args)
+  local h, refused = begin(keys, args, BOTH)
+  if h and h.challenger ~= 0 then
+    return conflict('version %d is the challenger; promote or withdraw it first', h.challenger)
+  end
+  refused = refused or keep(keys, h, tonumber(args[12]), args[13])
+  if refused then return refused end
+  h.challenger, h.share = h.last, args[14]
+  return decide(keys, args, h, 'propose', h.version, h.challenger)
+end
+
+-- share: the challenger's, larger than it is.
+local function advance(keys, args)
+  local h, refused = begin(keys, args, BOTH)
+  if refused then return refused end
+  if h.challenger == 0 then return conflict('there is no challenger') end
+  if tonumber(args[12]) <= tonumber(h.share) then
+    return conflict('the challenger has a share of %s already, and %s is not more', h.share, args[12])
+  end
+  h.share = args[12]
+  return decide(keys, args, h, 'advance', h.version, h.challenger)
+end
+
+local function promote(keys, args)
+  local h, refused = begin(keys, args, BOTH)
+  if refused then return refused end
+  if h.challenger == 0 then return conflict('there is no challenger') end
+  return crown(keys, args, h, 'promote', h.challenger)
+end
+
+local function withdraw(keys, args)
+  local h, refused = begin(keys, args, NONE)
+  if refused then return refused end
+  if h.challenger == 0 then return conflict('there is no challenger') end
+  return crown(keys, args, h, 'withdraw', h.version)
+end
+
+-- version to return to, or '' for the champion's parent.
 local function rollback(keys, args)
-  local h, to = read_head(keys[1]), tonumber(args[8])
-  local conflict = moved(h, args[6], args[7])
-  if conflict then return conflict end
-  to = to or tonumber(redis.call('HGET', keys[1], 'parent:' .. h.version) or h.version)
+  local h, refused = begin(keys, args, PINNED)
+  if refused then return refused end
+  local to = tonumber(args[12]) or tonumber(redis.call('HGET', keys[1], 'parent:' .. h.version) or h.version)
   if to == h.version then
-    return redis.error_reply(string.format('CONFLICT nothing to roll back: the champion is version %d', to))
+    return conflict('nothing to roll back: the champion is version %d', to)
   end
-  if to ~= 0 and redis.call('HEXISTS', keys[3], to) == 0 then
-    return redis.error_reply(string.format('NOTFOUND version %d does not exist', to))
-  end
-  local parent = h.version
-  h.version = to
-  return decide(keys, h, {
-    channel = args[1], task = args[2], keep = args[3], action = 'rollback', parent = parent, actor = args[4],
-    reason = args[5]
-  })
+  return missing(keys, to) or crown(keys, args, h, 'rollback', to)
 end
 
--- keys: head, decisions; args: channel, task, keep, actor, reason, '1' to freeze or '0'. No change, no record.
-local function freeze(keys, args)
-  local h = read_head(keys[1])
-  if h.frozen == args[6] then
-    return {h.version, h.epoch, h.frozen, h.reason}
+-- version to pin, or '' for the champion. Pinned to it already is no change and no record.
+local function pin(keys, args)
+  local h, refused = begin(keys, args, NONE)
+  if refused then return refused end
+  local to = tonumber(args[12]) or h.version
+  if h.pinned == '1' and h.version == to and h.challenger == 0 then
+    return as_reply(h)
   end
-  h.frozen, h.reason = args[6], args[6] == '1' and args[5] or ''
-  return decide(keys, h, {
-    channel = args[1], task = args[2], keep = args[3], action = args[6] == '1' and 'freeze' or 'unfreeze',
-    parent = h.version, actor = args[4], reason = args[5]
-  })
+  refused = missing(keys, to)
+  if refused then return refused end
+  h.pinned = '1'
+  return crown(keys, args, h, 'pin', to)
+end
+
+-- flag ('frozen' or 'pinned'), '1' or '0', action. No change, no record.
+local function flag(keys, args)
+  local h, refused = begin(keys, args, NONE)
+  if refused then return refused end
+  if h[args[12]] == args[13] then
+    return as_reply(h)
+  end
+  h[args[12]] = args[13]
+  if args[12] == 'frozen' then
+    h.reason = args[13] == '1' and args[5] or ''
+  end
+  return decide(keys, args, h, args[14], h.version, h.challenger)
+end
+
+-- keys: round, lease; args: token, cursor, gate state.
+local function save_round(keys, args)
+  if redis.call('GET', keys[2]) ~= args[1] then
+    return conflict('the lease with token %s was lost', args[1])
+  end
+  redis.call('HSET', keys[1], 'cursor', args[2], 'gate', args[3])
+  return 1
 end
 
 -- keys: lease, fence; args: milliseconds. The new token, or 0 while somebody holds the lease.
@@ -205,7 +299,13 @@ redis.register_function('LIBRARY_find', find)
 redis.register_function('LIBRARY_trim', trim)
 redis.register_function('LIBRARY_publish', publish)
 redis.register_function('LIBRARY_rollback', rollback)
-redis.register_function('LIBRARY_freeze', freeze)
+redis.register_function('LIBRARY_propose', propose)
+redis.register_function('LIBRARY_advance', advance)
+redis.register_function('LIBRARY_promote', promote)
+redis.register_function('LIBRARY_withdraw', withdraw)
+redis.register_function('LIBRARY_pin', pin)
+redis.register_function('LIBRARY_flag', flag)
+redis.register_function('LIBRARY_save_round', save_round)
 redis.register_function('LIBRARY_acquire', acquire)
 redis.register_function('LIBRARY_renew', renew)
 redis.register_function('LIBRARY_checkpoint', checkpoint)

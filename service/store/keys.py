@@ -11,7 +11,9 @@ NOTICES = "detot:notices"  # pub/sub channel
 
 GROUP = "monitor"  # consumer group of the worker
 DEAD_LETTERS = 1_000  # dead letters kept per task
-DECISIONS = 10_000  # decision records kept per task
+DECISIONS = 2_000  # decision records kept per task
+EVIDENCE = 8_192  # bytes of evidence in one decision record
+ROUND_STATE = 24_000_000  # bytes of a round's state: the largest offset, as text
 DEDUP_MIN = 1_024  # outcome ids remembered per task at least, above any batch that may be sent twice
 
 
@@ -41,7 +43,7 @@ def monitor(task: str) -> str:
 
 
 def head(task: str) -> str:
-    """Hash: version, epoch, frozen, reason, last (highest version), `parent:<version>`."""
+    """Hash: the fields of `Head`, last (highest version), `parent:<version>`."""
     return f"detot:{{{task}}}:head"
 
 
@@ -53,6 +55,16 @@ def offsets(task: str) -> str:
 def decisions(task: str) -> str:
     """Stream of decision records."""
     return f"detot:{{{task}}}:decisions"
+
+
+def round_state(task: str) -> str:
+    """Hash: cursor and gate state of the task's refinement."""
+    return f"detot:{{{task}}}:round"
+
+
+def canaries(task: str) -> str:
+    """JSON: the labelled canaries that users gave."""
+    return f"detot:{{{task}}}:canaries"
 
 
 def lease(task: str, name: str) -> str:

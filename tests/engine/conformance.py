@@ -51,6 +51,15 @@ class Subject:
         return replace(prompt, soft=(anchor + noise).astype(np.float32))
 
 
+def alike(one: list[Sample], other: list[Sample]) -> bool:
+    """The same tokens and text, and log-probabilities within 1e-4.
+
+    For engines whose float products depend on what else is in the batch: there the last bits cannot be equal.
+    """
+    flat = [replace(s, mean_logprob=0.0) for s in one] == [replace(s, mean_logprob=0.0) for s in other]
+    return flat and all(abs(a.mean_logprob - b.mean_logprob) < 1e-4 for a, b in zip(one, other, strict=True))
+
+
 async def until(condition: Callable[[], bool], within: float = 20.0) -> None:
     for _ in range(round(within / 0.01)):
         if condition():
@@ -60,12 +69,16 @@ async def until(condition: Callable[[], bool], within: float = 20.0) -> None:
 
 
 class Conformance:
+    def same(self, one: list[Sample], other: list[Sample]) -> bool:
+        """Whether two runs are the same samples, here to the last bit of their log-probability."""
+        return one == other
+
     async def test_zero_offset_is_the_plain_prompt(self, subject: Subject):
         for question in (QUESTION, "What is 17 + 25?", "Name a colour."):
             plain = subject.prompt(question)
             zero = replace(plain, soft=subject.anchored(plain) + np.float32(0))
             one, other = await collect(subject.engine, plain, GREEDY), await collect(subject.engine, zero, GREEDY)
-            assert one == other
+            assert self.same(one, other)
             assert one[0].token_ids
 
     async def test_offsets_of_equal_shape_give_different_and_repeatable_text(self, subject: Subject):
@@ -79,14 +92,14 @@ class Conformance:
         first = await collect(subject.engine, subject.prompt(), WARM)
         others = [collect(subject.engine, subject.prompt(f"What is {i} + {i}?"), WARM.but(seed=i)) for i in range(4)]
         again, *_ = await asyncio.gather(collect(subject.engine, subject.prompt(), WARM), *others)
-        assert first == again
+        assert self.same(first, again)
 
     async def test_the_window_does_not_change_samples(self, subject: Subject):
         wide = await collect(subject.engine, subject.prompt(), WARM)
         narrow = await collect(subject.engine, subject.prompt(), WARM.but(in_flight=1))
         fewer = await collect(subject.engine, subject.prompt(), WARM.but(max_samples=2))
-        assert wide == narrow
-        assert wide[:2] == fewer
+        assert self.same(wide, narrow)
+        assert self.same(wide[:2], fewer)
 
     async def test_seeds_and_samples_differ_at_temperature_one(self, subject: Subject):
         one = await collect(subject.engine, subject.prompt(), WARM)
@@ -133,7 +146,8 @@ class Conformance:
         assert all(isinstance(r, asyncio.CancelledError) or len(r) == 2 for r in results[::2])  # type: ignore[arg-type]
         assert all(isinstance(r, list) and len(r) == 2 for r in results[1::2])
         await until(lambda: subject.running() == 0)
-        assert await collect(subject.slow, subject.prompt("What is 39 + 1?"), plan.but(seed=39)) == results[39]
+        again = await collect(subject.slow, subject.prompt("What is 39 + 1?"), plan.but(seed=39))
+        assert self.same(again, results[39])  # type: ignore[arg-type]
 
     async def test_overlong_prompt_is_a_clear_error(self, subject: Subject):
         context = subject.engine.model.context
@@ -153,7 +167,7 @@ class Conformance:
         for prompt in (Prompt(()), Prompt((65, 66), (1, 5)), Prompt((65, -1)), Prompt((65, 10**9))):
             with pytest.raises(InvalidRequest):
                 await collect(subject.engine, prompt, GREEDY)
-        assert await collect(subject.engine, subject.prompt(), GREEDY) == before
+        assert self.same(await collect(subject.engine, subject.prompt(), GREEDY), before)
         await subject.engine.health()
 
     async def test_plans_that_make_no_sense_are_refused(self, subject: Subject):
@@ -172,8 +186,8 @@ class Conformance:
             *(collect(subject.engine, p, GREEDY) for p in huge),
             return_exceptions=True,
         )
-        assert mine == alone
-        assert await collect(subject.engine, subject.prompt(), GREEDY) == alone
+        assert self.same(mine, alone)  # type: ignore[arg-type]
+        assert self.same(await collect(subject.engine, subject.prompt(), GREEDY), alone)
         await subject.engine.health()
 
     async def test_deadline(self, subject: Subject):
@@ -209,7 +223,7 @@ class Conformance:
             assert "".join(pieces) == samples[0].text
             assert len(pieces) > 1
             if not stop:
-                assert samples == [whole]
+                assert self.same(samples, [whole])
 
     async def test_log_probabilities(self, subject: Subject):
         for sample in await collect(subject.engine, subject.prompt(), WARM):
@@ -222,4 +236,4 @@ class Conformance:
             collect(subject.engine, subject.prompt(), WARM),
             collect(subject.engine, subject.prompt(), WARM, priority=Priority.IDLE),
         )
-        assert live == idle
+        assert self.same(live, idle)

@@ -115,3 +115,11 @@ def test_rows_equal_what_safetensors_reads(fixture: str, request: pytest.Fixture
     with safe_open(folder / "model.safetensors", "pt") as file:
         theirs = file.get_slice(table.name)[1_000:1_100].float().numpy()
     assert np.array_equal(table.rows(range(1_000, 1_100)), theirs)
+
+
+def test_chunks_are_the_whole_table_in_order(tmp_path):
+    table = EmbeddingTable.open(tiny_folder(tmp_path))
+    pieces = list(table.chunks(300))
+    assert {len(piece) for piece in pieces[:-1]} == {300}
+    assert np.array_equal(np.concatenate(pieces), table.rows(range(table.vocab_size)))
+    assert pieces[0].dtype == np.float32

@@ -13,6 +13,7 @@ from service.core.artifact import encode, zero_artifact
 from service.core.prompt import anchor_ids
 from service.core.types import Head
 from service.engine.scripted import ScriptedEngine
+from service.metrics import REFUSED
 from service.serve.live import Live
 from service.tasks.catalogue import load_catalogue
 
@@ -97,6 +98,39 @@ async def test_rollback_to_zero_serves_the_plain_prompt_again(store, engine, liv
     await store.offsets.rollback(TASK, actor="test")
     await live.refresh()
     assert TASK not in live.snapshot.champions
+
+
+async def propose(store, blob, version):
+    head = await store.offsets.head(TASK)
+    return await store.offsets.propose(TASK, version, blob, share=0.25, expect=head, actor="test")
+
+
+async def test_a_challenger_is_served_beside_the_champion_and_becomes_it_without_another_check(store, engine, live):
+    await publish(store, encode(artifact(engine)))
+    head = await propose(store, encode(artifact(engine, 2)), 2)
+    await live.refresh()
+    assert (live.snapshot.champions[TASK].version, live.snapshot.challengers[TASK].version) == (1, 2)
+    verified = live.snapshot.challengers[TASK]
+    await store.offsets.promote(TASK, expect=head, actor="test")
+    await live.refresh()
+    assert live.snapshot.champions[TASK] is verified
+    assert TASK not in live.snapshot.challengers
+
+
+@pytest.mark.parametrize("blob", [b"garbage", "model"], ids=["garbage", "model"])
+async def test_a_challenger_that_fails_a_check_is_not_served_and_harms_nothing(store, engine, live, blob):
+    await publish(store, encode(artifact(engine)))
+    await propose(store, encode(artifact(engine, 2, model_revision="other")) if blob == "model" else blob, 2)
+    before = REFUSED._value.get()
+    await live.refresh()
+    await live.refresh()
+    assert REFUSED._value.get() == before + 1, "counted once"
+    assert live.snapshot.champions[TASK].version == 1
+    assert TASK not in live.snapshot.challengers
+    assert live.snapshot.refused[TASK].startswith("challenger 2: ")
+    await store.offsets.withdraw(TASK, actor="test")
+    await live.refresh()
+    assert TASK not in live.snapshot.refused
 
 
 async def test_run_time_tasks_appear_in_every_replica_and_broken_ones_are_skipped(store, live):
